@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Interval notifiers: being told when the mapping of a range of user addresses changes.
+//!
+//! An interval notifier observes one range of one address space ([`Mm`](super::Mm)). Whoever changes the
+//! mapping of a page of that range calls [`IntervalNotifierCallback::invalidate`] before the page
+//! table entry goes away, and does not go on before the callback has returned.
+//!
+//! The object that is to be notified embeds an [`IntervalNotifier`] and implements
+//! [`HasIntervalNotifier`] (by [`impl_has_interval_notifier!`]) and [`IntervalNotifierCallback`].
+//! [`Registration::insert`] consumes the only reference to it, so that it can not be inserted
+//! twice, and gives a [`Registration`] that owns a reference for as long as callbacks can run.
+//!
+//! # Which changes are seen
+//!
+//! A change that had begun before [`Registration::insert`] never calls back, and may still be under
+//! way when that function returns. Whoever goes on to read the page tables, for example by pinning
+//! pages, has to call [`Registration::wait_for_in_flight`] in between. After that there is no gap:
+//! each change either was over before, or calls back.
+//!
+//! # Examples
+//!
+//! Counting the invalidations of a range of the current process:
+//!
+//! ```no_run
+//! use core::ops::Range;
+//! use kernel::{
+//!     mm::interval_notifier::{
+//!         impl_has_interval_notifier,
+//!         IntervalNotifier,
+//!         IntervalNotifierCallback,
+//!         Invalidation,
+//!         Registration, //
+//!     },
+//!     new_spinlock,
+//!     prelude::*,
+//!     sync::{
+//!         ArcBorrow,
+//!         SpinLock,
+//!         UniqueArc, //
+//!     }, //
+//! };
+//!
+//! #[pin_data]
+//! struct Counter {
+//!     #[pin]
+//!     notifier: IntervalNotifier<Self>,
+//!     #[pin]
+//!     count: SpinLock<u64>,
+//! }
+//!
+//! impl_has_interval_notifier! {
+//!     impl HasIntervalNotifier for Counter { self.notifier }
+//! }
+//!
+//! impl IntervalNotifierCallback for Counter {
+//!     fn invalidate(this: ArcBorrow<'_, Self>, _invalidation: &Invalidation) {
+//!         *this.count.lock() += 1;
+//!     }
+//! }
+//!
+//! fn count_invalidations(range: Range<usize>) -> Result<Registration<Counter>> {
+//!     let counter = UniqueArc::pin_init(
+//!         pin_init!(Counter {
+//!             notifier <- IntervalNotifier::new(),
+//!             count <- new_spinlock!(0),
+//!         }),
+//!         GFP_KERNEL,
+//!     )?;
+//!
+//!     let registration = Registration::insert(counter, current!().mm().ok_or(EINVAL)?, range)?;
+//!     registration.wait_for_in_flight();
+//!     Ok(registration)
+//! }
+//! ```
+//!
+//! C header: [`include/linux/mmu_notifier.h`](srctree/include/linux/mmu_notifier.h)
+
+use crate::{
+    bindings,
+    error::to_result,
+    mm::MmWithUser,
+    prelude::*,
+    sync::{
+        Arc,
+        ArcBorrow,
+        UniqueArc, //
+    },
+    types::{
+        ForeignOwnable,
+        Opaque, //
+    }, //
+};
+use core::{
+    marker::PhantomData,
+    mem::ManuallyDrop,
+    ops::Range, //
+};
+
+/// Why a range is invalidated.
+///
+/// Wraps [`enum mmu_notifier_event`]. More values than the constants below may occur.
+///
+/// [`enum mmu_notifier_event`]: srctree/include/linux/mmu_notifier.h
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event(bindings::mmu_notifier_event);
+
+impl Event {
+    /// The range is unmapped, or moved to another address.
+    pub const UNMAP: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_UNMAP);
+    /// Page table entries are cleared, for any of many reasons.
+    pub const CLEAR: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_CLEAR);
+    /// The protection of the range changes.
+    pub const PROTECTION_VMA: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_VMA);
+    /// The protection of page table entries changes, but not that of the range.
+    pub const PROTECTION_PAGE: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_PAGE);
+    /// Entries are write-protected to find out which pages are written.
+    pub const SOFT_DIRTY: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_SOFT_DIRTY);
+    /// The address space is torn down.
+    pub const RELEASE: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_RELEASE);
+    /// Pages migrate to or from device memory.
+    pub const MIGRATE: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_MIGRATE);
+    /// A device gets exclusive access to the range.
+    pub const EXCLUSIVE: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE);
+}
+
+/// What an invalidation concerns.
+///
+/// Wraps [`struct mmu_notifier_range`]. The range may reach beyond that of the notifier.
+///
+/// [`struct mmu_notifier_range`]: srctree/include/linux/mmu_notifier.h
+#[repr(transparent)]
+pub struct Invalidation(Opaque<bindings::mmu_notifier_range>);
+
+impl Invalidation {
+    /// Returns the reason.
+    #[inline]
+    pub fn event(&self) -> Event {
+        // SAFETY: By `from_raw`, the pointer is valid for reads while `self` is borrowed.
+        Event(unsafe { (*self.0.get()).event })
+    }
+
+    /// Returns the user addresses concerned, the end not included.
+    ///
+    /// When the address space is torn down that is all of them, `0..usize::MAX`.
+    #[inline]
+    pub fn range(&self) -> Range<usize> {
+        let range = self.0.get();
+        // SAFETY: By `from_raw`, the pointer is valid for reads while `self` is borrowed.
+        unsafe { (*range).start..(*range).end }
+    }
+
+    /// Creates a reference from a pointer that a callback got.
+    ///
+    /// # Safety
+    ///
+    /// `ptr` must point at an initialized `struct mmu_notifier_range` that nobody writes to during
+    /// `'a`.
+    unsafe fn from_raw<'a>(ptr: *const bindings::mmu_notifier_range) -> &'a Self {
+        // SAFETY: The caller promises that the pointer is valid for `'a`, and `Invalidation` is a
+        // transparent wrapper.
+        unsafe { &*ptr.cast() }
+    }
+}
+
+/// The part of an object of type `T` that links it to an address space.
+///
+/// Contains a [`struct mmu_interval_notifier`].
+///
+/// [`struct mmu_interval_notifier`]: srctree/include/linux/mmu_notifier.h
+#[repr(transparent)]
+#[pin_data]
+pub struct IntervalNotifier<T> {
+    #[pin]
+    inner: Opaque<bindings::mmu_interval_notifier>,
+    _phantom: PhantomData<fn() -> T>,
+}
+
+// SAFETY: Without a `Registration` the contents are never accessed, and the functions that a
+// `Registration` calls on them may be called on any thread.
+unsafe impl<T> Send for IntervalNotifier<T> {}
+// SAFETY: There are no methods on `&IntervalNotifier`.
+unsafe impl<T> Sync for IntervalNotifier<T> {}
+
+impl<T> IntervalNotifier<T> {
+    /// Creates an initializer for a notifier that is not inserted.
+    pub fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            // `mmu_interval_notifier_insert()` initializes all that is ever read.
+            inner: Opaque::uninit(),
+            _phantom: PhantomData,
+        })
+    }
+}
+
+/// Declares that `Self` embeds an [`IntervalNotifier<Self>`].
+///
+/// Use [`impl_has_interval_notifier!`] to implement it.
+///
+/// # Safety
+///
+/// The two methods must return a pointer to the same field of type [`IntervalNotifier<Self>`] that
+/// belongs to `this`, and to the object that this field belongs to.
+pub unsafe trait HasIntervalNotifier: Sized {
+    /// Returns a pointer to the notifier of `this`.
+    ///
+    /// # Safety
+    ///
+    /// `this` must point at a valid object.
+    unsafe fn raw_get_notifier(this: *const Self) -> *const IntervalNotifier<Self>;
+
+    /// Returns a pointer to the object that the notifier is part of.
+    ///
+    /// # Safety
+    ///
+    /// `notifier` must point at the [`IntervalNotifier`] in an object of type `Self`.
+    unsafe fn notifier_container_of(notifier: *const IntervalNotifier<Self>) -> *const Self;
+}
+
+/// Implements [`HasIntervalNotifier`] for a type with a field of type [`IntervalNotifier`].
+///
+/// See the [module] documentation for an example.
+///
+/// [module]: crate::mm::interval_notifier
+#[macro_export]
+#[doc(hidden)]
+macro_rules! impl_has_interval_notifier {
+    (impl HasIntervalNotifier for $self:ty { self.$field:ident }) => {
+        // SAFETY: Both methods name the same field, and only compile if it has the right type.
+        unsafe impl $crate::mm::interval_notifier::HasIntervalNotifier for $self {
+            #[inline]
+            unsafe fn raw_get_notifier(
+                this: *const Self,
+            ) -> *const $crate::mm::interval_notifier::IntervalNotifier<Self> {
+                // SAFETY: The caller promises that the pointer is not dangling.
+                unsafe { &raw const (*this).$field }
+            }
+
+            #[inline]
+            unsafe fn notifier_container_of(
+                notifier: *const $crate::mm::interval_notifier::IntervalNotifier<Self>,
+            ) -> *const Self {
+                // SAFETY: The caller promises that the pointer points at this field of a `Self`.
+                unsafe { $crate::container_of!(notifier, Self, $field) }
+            }
+        }
+    };
+}
+pub use impl_has_interval_notifier;
+
+/// What an object does when the mapping of its range changes.
+pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static {
+    /// Called before page table entries in the range of the notifier change.
+    ///
+    /// May run concurrently with itself and is called again when the same addresses change again.
+    /// When the address space is torn down it is called with [`Event::RELEASE`] first, and once
+    /// more for the unmapping of all that is mapped.
+    ///
+    /// # Context
+    ///
+    /// In the context of whoever makes the change, under any sleeping lock of memory management,
+    /// possibly in memory reclaim or in the OOM reaper: must not sleep, must not allocate memory
+    /// except with [`GFP_NOWAIT`], and must not take a lock under which a [`Registration`] is
+    /// inserted, waited for or dropped.
+    ///
+    /// [`GFP_NOWAIT`]: crate::alloc::flags::GFP_NOWAIT
+    fn invalidate(this: ArcBorrow<'_, Self>, invalidation: &Invalidation);
+}
+
+/// The insertion of an object into the notifier tree of an address space.
+///
+/// Dropping it removes the object from the tree and sleeps until callbacks that are running have
+/// returned. That can take as long as an unrelated invalidation in the same address space does.
+/// It must not be dropped in a callback, nor under a lock that a callback, or whoever invalidates,
+/// takes; lockdep knows of the former only. Dropping it after the address space has been torn down
+/// is fine: until then the registration keeps the `mm_struct` (but not the mappings) alive.
+///
+/// Forgetting it leaks the object and the `mm_struct`, which is safe.
+///
+/// # Invariants
+///
+/// The notifier in `inner` is in the tree of the address space it was inserted into.
+pub struct Registration<T: IntervalNotifierCallback> {
+    inner: Arc<T>,
+}
+
+impl<T: IntervalNotifierCallback> Registration<T> {
+    const OPS: bindings::mmu_interval_notifier_ops = bindings::mmu_interval_notifier_ops {
+        invalidate: Some(Self::invalidate),
+        invalidate_start: None,
+        invalidate_finish: None,
+    };
+
+    /// Starts to observe `range`, user addresses with the end not included, of `mm`.
+    ///
+    /// Callbacks may run before this function returns. See the [module] documentation for the
+    /// changes that do not call back.
+    ///
+    /// Fails with `EOVERFLOW` if the range is empty. The first insertion into an address space also
+    /// fails with `EINTR` if a signal is pending and with `ENOMEM`; [`prepare`] gets that over with.
+    ///
+    /// # Context
+    ///
+    /// Process context, may sleep. `mmap_lock` of `mm` must not be held.
+    ///
+    /// [module]: crate::mm::interval_notifier
+    pub fn insert(object: Pin<UniqueArc<T>>, mm: &MmWithUser, range: Range<usize>) -> Result<Self> {
+        let inner = Arc::from(object);
+
+        // SAFETY:
+        // - `inner` is a valid object, and the notifier in it is pinned because an `Arc` is.
+        // - It is not in a tree: this object was in a `UniqueArc`, and a `Registration` owns an
+        //   `Arc` to an object in a tree.
+        // - `mm_users` is not zero by the type invariants of `MmWithUser`.
+        // - `OPS` is static, and `invalidate()` expects a notifier in a `T`.
+        to_result(unsafe {
+            bindings::mmu_interval_notifier_insert(
+                Self::raw_notifier(&inner),
+                mm.as_raw(),
+                range.start,
+                range.end.saturating_sub(range.start),
+                &Self::OPS,
+            )
+        })?;
+
+        // INVARIANT: We have just inserted it, and only `drop()` and `remove()` remove it.
+        Ok(Self { inner })
+    }
+
+    /// Waits until the changes that were under way when the object was inserted are over.
+    ///
+    /// # Context
+    ///
+    /// Process context, sleeps uninterruptibly. The same locks as for dropping a registration must
+    /// not be held.
+    pub fn wait_for_in_flight(&self) {
+        // The sequence number would tell whether a callback has run by the end of a critical
+        // section. There is none here: an object sees its callbacks itself.
+        //
+        // SAFETY: The notifier is in a tree by the type invariants.
+        unsafe { bindings::mmu_interval_read_begin(Self::raw_notifier(&self.inner)) };
+    }
+
+    /// Returns a reference to the object.
+    pub fn object(&self) -> &Arc<T> {
+        &self.inner
+    }
+
+    /// Removes the object from the tree, like dropping the registration does, and returns it.
+    pub fn remove(self) -> Arc<T> {
+        let inner = self.inner.clone();
+        drop(self);
+        inner
+    }
+
+    fn raw_notifier(inner: &Arc<T>) -> *mut bindings::mmu_interval_notifier {
+        // SAFETY: An `Arc` points at a valid object.
+        let notifier = unsafe { T::raw_get_notifier(Arc::as_ptr(inner)) };
+
+        // SAFETY: By the safety requirements of `HasIntervalNotifier`, `notifier` points into the
+        // object.
+        Opaque::cast_into(unsafe { &raw const (*notifier).inner })
+    }
+
+    /// # Safety
+    ///
+    /// Only to be called by the C side for a notifier that [`Self::insert`] inserted.
+    unsafe extern "C" fn invalidate(
+        notifier: *mut bindings::mmu_interval_notifier,
+        range: *const bindings::mmu_notifier_range,
+        cur_seq: c_ulong,
+    ) -> bool {
+        // Nobody calls `mmu_interval_read_retry()`, whose lock would have to be held here.
+        //
+        // SAFETY: The C side passes the notifier that it is calling.
+        unsafe { bindings::mmu_interval_set_seq(notifier, cur_seq) };
+
+        // SAFETY: `insert()` passed a pointer to the `IntervalNotifier`, a transparent wrapper, in
+        // an object of type `T`.
+        let object = unsafe { T::notifier_container_of(notifier.cast_const().cast()) };
+
+        // SAFETY: The object came from an `Arc`, and the registration owns a reference to it until
+        // it has removed the notifier, which waits for this callback.
+        let object = unsafe { ArcBorrow::from_raw(object) };
+
+        // SAFETY: The C side passes a valid range, which is constant during the callback.
+        T::invalidate(object, unsafe { Invalidation::from_raw(range) });
+
+        // Only a callback that had to sleep and was not allowed to may return false.
+        true
+    }
+}
+
+impl<T: IntervalNotifierCallback> Drop for Registration<T> {
+    fn drop(&mut self) {
+        // SAFETY: The notifier is in a tree by the type invariants, and ceases to be now.
+        unsafe { bindings::mmu_interval_notifier_remove(Self::raw_notifier(&self.inner)) };
+    }
+}
+
+// SAFETY: The pointer is that of the `Arc`, for which the same guarantees hold.
+unsafe impl<T: IntervalNotifierCallback> ForeignOwnable for Registration<T> {
+    const FOREIGN_ALIGN: usize = <Arc<T> as ForeignOwnable>::FOREIGN_ALIGN;
+
+    type Borrowed<'a> = ArcBorrow<'a, T>;
+    type BorrowedMut<'a> = ArcBorrow<'a, T>;
+
+    fn into_foreign(self) -> *mut c_void {
+        let this = ManuallyDrop::new(self);
+
+        // SAFETY: `this` is not dropped, so that this is the only use of its reference.
+        unsafe { core::ptr::read(&this.inner) }.into_foreign()
+    }
+
+    unsafe fn from_foreign(ptr: *mut c_void) -> Self {
+        // INVARIANT: The `Arc` is that of a registration, which was not dropped.
+        Self {
+            // SAFETY: The caller promises that `ptr` came from `into_foreign()`, used once.
+            inner: unsafe { Arc::from_foreign(ptr) },
+        }
+    }
+
+    unsafe fn borrow<'a>(ptr: *mut c_void) -> ArcBorrow<'a, T> {
+        // SAFETY: The caller promises that `ptr` came from `into_foreign()` and outlives `'a`.
+        unsafe { <Arc<T> as ForeignOwnable>::borrow(ptr) }
+    }
+
+    unsafe fn borrow_mut<'a>(ptr: *mut c_void) -> ArcBorrow<'a, T> {
+        // SAFETY: As for `borrow()`.
+        unsafe { <Arc<T> as ForeignOwnable>::borrow(ptr) }
+    }
+}
+
+/// Sets up the notifier tree of `mm`, so that later insertions do not have to.
+///
+/// The tree stays until the address space is gone. Fails with `EINTR` if a signal is pending, and
+/// with `ENOMEM`.
+///
+/// # Context
+///
+/// Process context, may sleep. `mmap_lock` of `mm` must not be held.
+pub fn prepare(mm: &MmWithUser) -> Result {
+    #[pin_data]
+    struct Nothing {
+        #[pin]
+        notifier: IntervalNotifier<Self>,
+    }
+
+    impl_has_interval_notifier! {
+        impl HasIntervalNotifier for Nothing { self.notifier }
+    }
+
+    impl IntervalNotifierCallback for Nothing {
+        fn invalidate(_: ArcBorrow<'_, Self>, _: &Invalidation) {}
+    }
+
+    let object = UniqueArc::pin_init(
+        pin_init!(Nothing {
+            notifier <- IntervalNotifier::new(),
+        }),
+        GFP_KERNEL,
+    )?;
+
+    Registration::insert(object, mm, 0..1).map(drop)
+}
