@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A registration cache that never hands out a stale registration.
+//!
+//! It shows what a communication library has to do, and each rule is there
+//! because leaving it out corrupts data:
+//!
+//! 1. Before REG_MR is called, the cookie already resolves to the object that
+//!    carries the stale flag: events may be read before REG_MR returns.
+//! 2. A look-up holds the cache's lock. It loads the generation, with acquire
+//!    order; if that is not the `applied` one, it reads without waiting and
+//!    marks the objects of the cookies stale, for as long as the batches are
+//!    full; then `applied` becomes the larger of the generation that it loaded
+//!    and the newest event's. Reading, marking and publishing `applied` are one
+//!    step under the lock: whoever sees the new `applied` sees the flags.
+//! 3. Only then it finds the entry and tests its flag. A new entry's flag is
+//!    tested in the same way when it is inserted.
+//! 4. Deregistration returns how many events of the region were read. What is
+//!    more than were seen is still in some thread's buffer, and the object
+//!    stays until they are seen.
+//!
+//! So a hit is one load and no system call. What is stale on its return became
+//! so after the look-up; a program that changes the mapping of a buffer while
+//! it communicates from it has no valid answer anyway.
+
+use crate::{
+    mr::{Mr, MrArgs, Pd},
+    queue::{Event, GenerationPage, NotifyQueue},
+};
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    ops::Range,
+    ptr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+const BATCH: usize = 64;
+/// A registration may itself change the mapping, by breaking the sharing of a
+/// page; the next one then finds nothing left to change.
+const ATTEMPTS: usize = 4;
+
+/// What the cache needs of the kernel; [`Verbs`] is the real one.
+pub trait Backend {
+    /// A registered region.
+    type Mr;
+    /// Loads the generation with acquire order.
+    fn generation(&self) -> u64;
+    /// Reads events without waiting and returns how many; fewer than there is
+    /// room for means that the queue was empty at that moment.
+    fn read(&self, events: &mut [Event]) -> io::Result<usize>;
+    /// Registers the region of these addresses (the end is exclusive), watched.
+    fn register(&self, range: &Range<u64>, cookie: u64) -> io::Result<Self::Mr>;
+    /// Deregisters and returns how many of its events were read. After an error
+    /// the region is still registered.
+    fn deregister(&self, mr: &mut Self::Mr) -> io::Result<u64>;
+}
+
+/// A cached registration. Whoever holds one may use its region.
+#[derive(Debug)]
+pub struct Entry<M> {
+    range: Range<u64>,
+    mr: M,
+    cookie: u64,
+    stale: Arc<AtomicBool>,
+}
+
+impl<M> Entry<M> {
+    /// The region.
+    pub fn mr(&self) -> &M {
+        &self.mr
+    }
+
+    /// Its addresses; the end is exclusive.
+    pub fn range(&self) -> &Range<u64> {
+        &self.range
+    }
+
+    fn key(&self) -> (u64, u64) {
+        (self.range.start, self.range.end)
+    }
+
+    fn is_stale(&self) -> bool {
+        self.stale.load(Ordering::Acquire)
+    }
+}
+
+/// What a cookie resolves to.
+struct Object {
+    stale: Arc<AtomicBool>,
+    seen: u64,
+    /// The final number of events, once the region is deregistered.
+    reported: Option<u64>,
+}
+
+struct State<M> {
+    objects: HashMap<u64, Object>,
+    last_cookie: u64,
+    live: BTreeMap<(u64, u64), Arc<Entry<M>>>,
+    /// No longer found, but still registered, because somebody may use them.
+    retired: Vec<Arc<Entry<M>>>,
+}
+
+/// What [`Cache::reap`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reaped {
+    /// Regions deregistered.
+    pub regions: u64,
+    /// The events that were read of them, as the kernel counted.
+    pub events: u64,
+}
+
+/// A registration cache, for any number of threads. It must be the only reader
+/// of its queue.
+pub struct Cache<B: Backend> {
+    backend: B,
+    /// The generation up to which all events are marked; stored under the lock.
+    applied: AtomicU64,
+    state: Mutex<State<B::Mr>>,
+}
+
+impl<B: Backend> Cache<B> {
+    /// An empty cache.
+    pub fn new(backend: B) -> Self {
+        Self {
+            backend,
+            applied: AtomicU64::new(0),
+            state: Mutex::new(State {
+                objects: HashMap::new(),
+                last_cookie: 0,
+                live: BTreeMap::new(),
+                retired: Vec::new(),
+            }),
+        }
+    }
+
+    /// What it was made with.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The registration that covers `range`, from the cache or a new one. Fails
+    /// as REG_MR and read() do, and with `EAGAIN` if the mapping was changed
+    /// during each of several registrations.
+    pub fn get(&self, range: Range<u64>) -> io::Result<Arc<Entry<B::Mr>>> {
+        if let Some(entry) = self.lookup(&range)? {
+            return Ok(entry);
+        }
+        for _ in 0..ATTEMPTS {
+            if let Some(entry) = self.insert(&range)? {
+                return Ok(entry);
+            }
+        }
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    /// The cached registration that covers `range`. Of several that begin at
+    /// or before it, only the one that begins last is considered.
+    ///
+    /// Fails as read() does: `EIO` if the device is gone.
+    pub fn lookup(&self, range: &Range<u64>) -> io::Result<Option<Arc<Entry<B::Mr>>>> {
+        let mut state = self.lock();
+        self.drain(&mut state)?;
+        Ok(state.find(range))
+    }
+
+    /// Whether `entry` would be found now. Takes no lock, and may deny it for
+    /// one that would, never the reverse: a `false` calls for a look-up.
+    pub fn is_current(&self, entry: &Entry<B::Mr>) -> bool {
+        self.backend.generation() == self.applied.load(Ordering::Acquire) && !entry.is_stale()
+    }
+
+    /// Takes `entry` out of the cache, as if it were stale.
+    pub fn retire(&self, entry: &Entry<B::Mr>) {
+        entry.stale.store(true, Ordering::Release);
+    }
+
+    /// Deregisters what is stale and not in use. It makes system calls, so its
+    /// place is where one is made anyway, after a miss for example.
+    ///
+    /// All are tried, and the first error is returned; what failed is tried
+    /// again next time.
+    pub fn reap(&self) -> io::Result<Reaped> {
+        let mut reaped = Reaped::default();
+        let mut result = Ok(());
+        let unused = self.lock().take_unused();
+        for mut entry in unused {
+            let only = Arc::get_mut(&mut entry).expect("it is retired and not in use");
+            match self.backend.deregister(&mut only.mr) {
+                Ok(reported) => {
+                    self.lock().settle(entry.cookie, reported);
+                    reaped.regions += 1;
+                    reaped.events += reported;
+                }
+                Err(e) => {
+                    self.lock().retired.push(entry);
+                    result = result.and(Err(e));
+                }
+            }
+        }
+        result.map(|()| reaped)
+    }
+
+    /// Registers `range`; `None` if the result was stale from the beginning.
+    fn insert(&self, range: &Range<u64>) -> io::Result<Option<Arc<Entry<B::Mr>>>> {
+        let (cookie, stale) = self.lock().new_object();
+        let mr = self.backend.register(range, cookie).inspect_err(|_| {
+            // Nothing is ever delivered for a registration that failed.
+            self.lock().objects.remove(&cookie);
+        })?;
+        let entry = Arc::new(Entry {
+            range: range.clone(),
+            mr,
+            cookie,
+            stale,
+        });
+
+        let mut state = self.lock();
+        let drained = self.drain(&mut state);
+        if drained.is_err() || entry.is_stale() {
+            state.retired.push(entry);
+            return drained.map(|()| None);
+        }
+        // Another thread may have registered the same: its users keep it.
+        let other = state.live.insert(entry.key(), entry.clone());
+        state.retired.extend(other);
+        Ok(Some(entry))
+    }
+
+    fn drain(&self, state: &mut State<B::Mr>) -> io::Result<()> {
+        let mut newest = self.backend.generation();
+        if newest == self.applied.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut events = [Event::default(); BATCH];
+        loop {
+            let count = self.backend.read(&mut events)?;
+            for event in &events[..count] {
+                state.mark(event.cookie);
+                newest = newest.max(event.generation);
+            }
+            if count < BATCH {
+                break;
+            }
+        }
+        self.applied.store(newest, Ordering::Release);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<B::Mr>> {
+        // Nothing panics between two changes that belong together.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<M> State<M> {
+    fn new_object(&mut self) -> (u64, Arc<AtomicBool>) {
+        self.last_cookie += 1;
+        let stale = Arc::new(AtomicBool::new(false));
+        let object = Object {
+            stale: stale.clone(),
+            seen: 0,
+            reported: None,
+        };
+        self.objects.insert(self.last_cookie, object);
+        (self.last_cookie, stale)
+    }
+
+    fn mark(&mut self, cookie: u64) {
+        if let Some(object) = self.objects.get_mut(&cookie) {
+            object.stale.store(true, Ordering::Release);
+            object.seen += 1;
+            self.drop_if_settled(cookie);
+        }
+    }
+
+    fn settle(&mut self, cookie: u64, reported: u64) {
+        if let Some(object) = self.objects.get_mut(&cookie) {
+            object.reported = Some(reported);
+            self.drop_if_settled(cookie);
+        }
+    }
+
+    fn drop_if_settled(&mut self, cookie: u64) {
+        let object = &self.objects[&cookie];
+        if object.reported == Some(object.seen) {
+            self.objects.remove(&cookie);
+        }
+    }
+
+    fn find(&mut self, range: &Range<u64>) -> Option<Arc<Entry<M>>> {
+        loop {
+            let mut before = self.live.range(..=(range.start, u64::MAX));
+            let (&key, entry) = before.next_back()?;
+            if !entry.is_stale() {
+                return (range.end <= entry.range.end).then(|| entry.clone());
+            }
+            let stale = self.live.remove(&key);
+            self.retired.extend(stale);
+        }
+    }
+
+    fn take_unused(&mut self) -> Vec<Arc<Entry<M>>> {
+        let stale = self.live.extract_if(.., |_, entry| entry.is_stale());
+        self.retired.extend(stale.map(|(_, entry)| entry));
+        self.retired
+            .extract_if(.., |entry| Arc::get_mut(entry).is_some())
+            .collect()
+    }
+}
+
+/// The kernel, by the verbs of this crate.
+pub struct Verbs {
+    pd: Arc<Pd>,
+    queue: NotifyQueue,
+    page: GenerationPage,
+}
+
+impl Verbs {
+    /// Makes the queue. `EPROTONOSUPPORT` if the kernel cannot watch.
+    ///
+    /// # Safety
+    ///
+    /// What [`Mr::reg`] asks for holds for every range that the cache is asked
+    /// to register.
+    pub unsafe fn new(pd: &Arc<Pd>) -> io::Result<Self> {
+        let queue = NotifyQueue::alloc(pd.context())?;
+        queue.set_nonblocking(true)?;
+        let page = queue.generation_page()?;
+        let pd = pd.clone();
+        Ok(Self { pd, queue, page })
+    }
+}
+
+impl Backend for Verbs {
+    type Mr = Mr;
+
+    fn generation(&self) -> u64 {
+        self.page.load()
+    }
+
+    fn read(&self, events: &mut [Event]) -> io::Result<usize> {
+        match self.queue.read(events) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            result => result,
+        }
+    }
+
+    fn register(&self, range: &Range<u64>, cookie: u64) -> io::Result<Mr> {
+        let addr = ptr::with_exposed_provenance(range.start as usize);
+        let length = range.end.saturating_sub(range.start) as usize;
+        // SAFETY: By the contract of `new`.
+        unsafe {
+            Mr::reg(
+                &self.pd,
+                &MrArgs::new(addr, length).watched(&self.queue, cookie),
+            )
+        }
+    }
+
+    fn deregister(&self, mr: &mut Mr) -> io::Result<u64> {
+        mr.destroy()
+    }
+}
+
+#[cfg(test)]
+mod tests;
