@@ -163,7 +163,7 @@ impl Mr {
     /// If the region was destroyed before.
     pub fn destroy(&mut self) -> io::Result<u64> {
         assert!(self.registered, "the region was destroyed before");
-        let mut reported = 0;
+        let mut reported = 0_u32;
         // The output is optional: a kernel that does not know it has no watched
         // regions, and plain ones have no events.
         Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_MR_DESTROY)
@@ -171,7 +171,7 @@ impl Mr {
             .optional_output(UVERBS_ATTR_DESTROY_MR_RESP_EVENTS_REPORTED, &mut reported)
             .call(&*self.pd.context, self.pd.context.driver_id())?;
         self.registered = false;
-        Ok(reported)
+        Ok(reported.into())
     }
 }
 
