@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-2.0
+# The front door; scripts/ does the work and can be called directly.
+O ?= release
+export O CMD
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+demo: ## a stale registration, without and with notification, in a guest
+	@scripts/demo
+test: ## every test, on the host and on the debug kernel
+	@scripts/test
+check: tree ## lint and check the series
+	@scripts/check
+host-test: tree ## the tests that need no kernel
+	@scripts/programs scripts/host-test
+boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|debug
+	@scripts/boot "$$O" boot "$$CMD"
+build: tree ## build the kernel O=release|debug
+	@scripts/build "$$O"
+tree: setup ## bring build/linux to Linux plus the series
+	@scripts/tree
+refresh: ## export the commits of build/linux to patches/linux
+	@scripts/refresh
+setup: ## install what is missing
+	@scripts/setup
+clean: ## remove the kernels and programs built, not the source tree
+	rm -rf build/release build/debug build/each* build/headers build/cargo build/out
+
+.PHONY: help demo test check host-test boot build tree refresh setup clean
