@@ -2,9 +2,9 @@
 
 //! Interval notifiers: being told when the mapping of a range of user addresses changes.
 //!
-//! An interval notifier observes one range of one address space ([`Mm`](super::Mm)). Whoever changes the
-//! mapping of a page of that range calls [`IntervalNotifierCallback::invalidate`] before the page
-//! table entry goes away, and does not go on before the callback has returned.
+//! An interval notifier observes one range of one address space, an [`Mm`](super::Mm). Whoever
+//! changes the mapping of a page of that range calls [`IntervalNotifierCallback::invalidate`]
+//! before the page table entry goes away, and does not go on before the callback has returned.
 //!
 //! The object that is to be notified embeds an [`IntervalNotifier`] and implements
 //! [`HasIntervalNotifier`] (by [`impl_has_interval_notifier!`]) and [`IntervalNotifierCallback`].
@@ -296,8 +296,9 @@ impl<T: IntervalNotifierCallback> Registration<T> {
     /// Callbacks may run before this function returns. See the [module] documentation for the
     /// changes that do not call back.
     ///
-    /// Fails with `EOVERFLOW` if the range is empty. The first insertion into an address space also
-    /// fails with `EINTR` if a signal is pending and with `ENOMEM`; [`prepare`] gets that over with.
+    /// Fails with `EOVERFLOW` if the range is empty. The first insertion into an address space can
+    /// also fail with `ENOMEM`, and with `EINTR` if a signal is pending, unless [`prepare`] has
+    /// been called before.
     ///
     /// # Context
     ///

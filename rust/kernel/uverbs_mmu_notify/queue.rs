@@ -142,8 +142,8 @@ struct Entry {
     state: State,
 }
 
-// SAFETY: The fields other than `entry` may be sent to another thread, and so may what `entry` holds:
-// a reference to a `Watch`, for which this promise is made here, and plain data.
+// SAFETY: The fields other than `entry` may be sent to another thread, and so may what it holds: a
+// reference to a `Watch`, for which this promise is made here, and plain data.
 unsafe impl Send for Watch {}
 // SAFETY: The fields other than `entry` may be shared, and `entry` is accessed only by methods of
 // `Locked`, that is, under the lock of the queue.
