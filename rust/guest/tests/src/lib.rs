@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What the tests share. Each test is meant to have a process of its own, as
+//! cargo-nextest gives it, and none may run at the same time as another.
+//!
+//! The files of `tests/` are by theme. A test says which line of the interface
+//! it holds, or which guarantee:
+//!
+//! - G1: no change of a mapping is missed.
+//! - G2: the generation has changed before the change returns.
+//! - G3: nothing is missed while a region is registered.
+//! - G4: no event is lost, whatever the reader does.
+//! - G5: the count that deregistration returns is exact, and final.
+//! - G6: nobody waits for a reader.
+//! - G7: what leaves the pages in place is not reported.
+//! - G8: any order of the ends of files, regions and processes is safe.
+
+mod map;
+mod process;
+
+pub use map::{Map, PAGE};
+pub use process::{Blocked, Child, Exit, in_child, stop};
+
+use rustix::io::Errno;
+use std::{
+    fmt, io,
+    ops::Range,
+    os::fd::{AsFd, AsRawFd},
+    sync::Arc,
+};
+use uverbs_mmu_notify::{
+    Context, Event, GenerationPage, Location, Mr, MrArgs, NotifyQueue, Pd, PlainMr, QpPair,
+    Request, sys::uapi::*, sys::verbs::ibv_wc_status,
+};
+
+/// The soft-RoCE device of the guest.
+pub const DEVICE: &str = "rxe0";
+
+/// `IB_UVERBS_MMU_NOTIFY_UNMAPPED`.
+pub const UNMAPPED: u32 = IB_UVERBS_MMU_NOTIFY_UNMAPPED;
+/// `IB_UVERBS_MMU_NOTIFY_MAYBE_STALE`.
+pub const MAYBE_STALE: u32 = IB_UVERBS_MMU_NOTIFY_MAYBE_STALE;
+
+/// A context with a queue, non-blocking, and its mapped page.
+pub struct Fixture {
+    /// On [`DEVICE`].
+    pub context: Arc<Context>,
+    /// Of `context`.
+    pub pd: Arc<Pd>,
+    /// Of `context`.
+    pub queue: NotifyQueue,
+    /// Of `queue`.
+    pub page: GenerationPage,
+}
+
+impl Default for Fixture {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Fixture {
+    /// Opens another context, also when there is one already.
+    pub fn new() -> Self {
+        let context = Context::open(DEVICE).expect("open the device");
+        let pd = Pd::alloc(&context).expect("allocate a PD");
+        let queue = NotifyQueue::alloc(&context).expect("make a queue");
+        queue
+            .set_nonblocking(true)
+            .expect("make the queue non-blocking");
+        let page = queue.generation_page().expect("map the counter page");
+        Self {
+            context,
+            pd,
+            queue,
+            page,
+        }
+    }
+
+    /// To register `pages` of `map`, watched.
+    pub fn args(&self, map: Map, pages: Range<usize>, cookie: u64) -> MrArgs {
+        MrArgs::new(map.at(pages.start), pages.len() * PAGE).watched(&self.queue, cookie)
+    }
+
+    /// Registers.
+    pub fn try_reg(&self, args: &MrArgs) -> io::Result<Mr> {
+        // SAFETY: The tests register maps, which no reference points into.
+        unsafe { Mr::reg(&self.pd, args) }
+    }
+
+    /// Registers, which must succeed.
+    #[track_caller]
+    pub fn reg(&self, args: &MrArgs) -> Mr {
+        self.try_reg(args)
+            .unwrap_or_else(|e| panic!("registering {args:x?}: {e}"))
+    }
+
+    /// Registers with `ibv_reg_mr`, which must succeed.
+    #[track_caller]
+    pub fn reg_plain(&self, args: &MrArgs) -> PlainMr {
+        // SAFETY: As in `try_reg`.
+        unsafe { PlainMr::reg(&self.pd, args) }
+            .unwrap_or_else(|e| panic!("ibv_reg_mr of {args:x?}: {e}"))
+    }
+
+    /// Registers `pages` of `map`, watched.
+    #[track_caller]
+    pub fn watch(&self, map: Map, pages: Range<usize>, cookie: u64) -> Mr {
+        self.reg(&self.args(map, pages, cookie))
+    }
+
+    /// Watches each of `pages` by itself, with its number as the cookie.
+    #[track_caller]
+    pub fn watch_each(&self, map: Map, pages: Range<usize>) -> Vec<Mr> {
+        pages
+            .map(|page| self.watch(map, page..page + 1, page as u64))
+            .collect()
+    }
+
+    /// The queue must hold exactly these, and is empty then.
+    #[track_caller]
+    pub fn expect(&self, expected: &[Record]) {
+        expect_records(&self.queue, expected);
+    }
+
+    /// Nothing must have been reported since the generation was `generation`.
+    #[track_caller]
+    pub fn expect_quiet_since(&self, generation: u64, what: &str) {
+        let records = read_all(&self.queue);
+        assert!(
+            records.is_empty(),
+            "{what}: expected no event, read {records:?}"
+        );
+        assert_eq!(self.page.load(), generation, "{what}: generation");
+    }
+}
+
+/// Reads the queue, non-blocking, until it is empty; in the order of cookies.
+#[track_caller]
+pub fn read_all(queue: &NotifyQueue) -> Vec<Record> {
+    let mut records: Vec<Record> = queue
+        .events()
+        .map(|event| event.expect("read the queue").into())
+        .collect();
+    records.sort_by_key(|record| record.cookie);
+    records
+}
+
+/// As [`Fixture::expect`].
+#[track_caller]
+pub fn expect_records(queue: &NotifyQueue, expected: &[Record]) {
+    assert_eq!(read_all(queue), expected, "the events in the queue");
+}
+
+/// An event that can be compared, and printed in a readable way.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Record {
+    /// As in the event.
+    pub cookie: u64,
+    /// `start..end` of the event.
+    pub range: Range<u64>,
+    /// As in the event.
+    pub generation: u64,
+    /// As in the event.
+    pub reasons: u32,
+}
+
+impl Record {
+    /// What a change of `pages` of `map` is expected to report.
+    pub fn new(map: Map, pages: Range<usize>, cookie: u64, generation: u64, reasons: u32) -> Self {
+        Self {
+            cookie,
+            range: map.at(pages.start) as u64..map.at(pages.end) as u64,
+            generation,
+            reasons,
+        }
+    }
+}
+
+impl From<Event> for Record {
+    fn from(event: Event) -> Self {
+        Self {
+            cookie: event.cookie,
+            range: event.start..event.end,
+            generation: event.generation,
+            reasons: event.reasons,
+        }
+    }
+}
+
+impl fmt::Debug for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            cookie,
+            range,
+            generation,
+            reasons,
+        } = self;
+        write!(
+            f,
+            "cookie {cookie}: {range:#x?}, generation {generation}, reasons {reasons:#b}"
+        )
+    }
+}
+
+/// `result` must be this error.
+#[track_caller]
+pub fn expect_errno<T>(result: io::Result<T>, errno: Errno, what: &str) {
+    let seen = match &result {
+        Ok(_) => "success".to_owned(),
+        Err(e) => e.to_string(),
+    };
+    let expected = io::Error::from(errno);
+    let errno = Some(errno.raw_os_error());
+    assert!(
+        result.is_err_and(|e| e.raw_os_error() == errno),
+        "{what}: expected {expected}, got {seen}"
+    );
+}
+
+/// Deregisters by handle and returns the number of events reported, or
+/// `unwritten` if the kernel wrote none.
+#[track_caller]
+pub fn destroy_handle(context: &Context, handle: u32, unwritten: u32) -> u32 {
+    let mut reported = unwritten;
+    Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_MR_DESTROY)
+        .object(UVERBS_ATTR_DESTROY_MR_HANDLE, handle.into())
+        .output(UVERBS_ATTR_DESTROY_MR_RESP_EVENTS_REPORTED, &mut reported)
+        .call(context, context.driver_id())
+        .expect("deregister");
+    reported
+}
+
+/// The peer that writes to remote regions.
+pub struct Peer {
+    pair: QpPair,
+    source: Map,
+    mr: PlainMr,
+}
+
+impl Peer {
+    /// Connects a pair of queue pairs.
+    pub fn new(fixture: &Fixture) -> Self {
+        let source = Map::new(1);
+        Self {
+            pair: QpPair::connect(&fixture.pd).expect("connect two queue pairs"),
+            source,
+            mr: fixture.reg_plain(&MrArgs::new(source.at(0), PAGE)),
+        }
+    }
+
+    /// RDMA-writes one byte to `addr` of the region of `rkey`.
+    pub fn write(&self, addr: *const u8, rkey: u32, byte: u8) -> ibv_wc_status {
+        self.source.store(0, byte);
+        let local = Location::new(self.source.at(0), self.mr.lkey());
+        self.pair
+            .write(local, Location::new(addr, rkey), 1)
+            .expect("post an RDMA write")
+    }
+}
+
+/// What read() of `len` bytes to `addr` returns; there need not be memory.
+pub fn read_raw(queue: impl AsFd, addr: *mut u8, len: usize) -> io::Result<usize> {
+    // SAFETY: The kernel checks the address; the tests pass only maps.
+    let ret = unsafe { libc::read(queue.as_fd().as_raw_fd(), addr.cast(), len) };
+    usize::try_from(ret).map_err(|_| io::Error::last_os_error())
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Other processes, and threads that wait.
+
+use rustix::{
+    process::{
+        Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitOptions, WaitStatus, kill_process,
+        pidfd_getfd, pidfd_open, waitpid,
+    },
+    thread::gettid,
+};
+use std::{
+    ffi::c_long,
+    fs,
+    os::fd::OwnedFd,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::mpsc,
+    thread::{self, JoinHandle},
+};
+
+/// How a process ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// By exit.
+    Code(i32),
+    /// By a signal.
+    Signal(i32),
+}
+
+/// A forked child.
+pub struct Child(Pid);
+
+impl Child {
+    /// Forks. The child exits with the code that `run` returns, or 101 if it
+    /// panics, and runs nothing else: no destructor, no test harness.
+    pub fn fork(run: impl FnOnce() -> i32) -> Self {
+        // SAFETY: The only other thread is the harness's, which waits. The
+        // child has our memory, and leaves by _exit() only.
+        match unsafe { libc::fork() } {
+            0 => {
+                let code = catch_unwind(AssertUnwindSafe(run)).unwrap_or(101);
+                // SAFETY: It has no preconditions.
+                unsafe { libc::_exit(code) }
+            }
+            pid => Self(Pid::from_raw(pid).filter(|_| pid > 0).expect("fork")),
+        }
+    }
+
+    /// Forks a child that does nothing until it is killed.
+    pub fn idle() -> Self {
+        Self::fork(|| {
+            loop {
+                thread::park();
+            }
+        })
+    }
+
+    /// Waits for the end.
+    pub fn wait(self) -> Exit {
+        let status = self.wait_status(WaitOptions::empty());
+        match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Exit::Code(code),
+            (_, Some(signal)) => Exit::Signal(signal),
+            _ => panic!("the child neither exited nor was killed: {status:?}"),
+        }
+    }
+
+    /// Kills, and waits for the end.
+    pub fn kill(self) -> Exit {
+        self.signal(Signal::KILL);
+        self.wait()
+    }
+
+    /// Waits until the child has stopped itself, see [`stop`].
+    #[track_caller]
+    pub fn wait_stopped(&self) {
+        let status = self.wait_status(WaitOptions::UNTRACED);
+        assert!(status.stopped(), "the child ended early: {status:?}");
+    }
+
+    /// Lets a stopped child go on.
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// Takes a duplicate of the child's FD whose link in /proc begins so.
+    #[track_caller]
+    pub fn fd(&self, link: &str) -> OwnedFd {
+        let dir = format!("/proc/{}/fd", self.0.as_raw_nonzero());
+        let found = fs::read_dir(&dir)
+            .expect("list the FDs of the child")
+            .map(|entry| entry.expect("list the FDs of the child"))
+            .find(|entry| {
+                fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().starts_with(link))
+            })
+            .unwrap_or_else(|| panic!("the child has no {link}"));
+        let number = found.file_name().to_string_lossy().parse();
+        let pidfd = pidfd_open(self.0, PidfdFlags::empty()).expect("pidfd_open");
+        pidfd_getfd(pidfd, number.expect("a number"), PidfdGetfdFlags::empty())
+            .expect("pidfd_getfd")
+    }
+
+    fn wait_status(&self, options: WaitOptions) -> WaitStatus {
+        let ended = waitpid(Some(self.0), options).expect("waitpid");
+        ended.expect("it blocks").1
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(self.0, signal).expect("kill");
+    }
+}
+
+/// Stops this process until it is resumed.
+pub fn stop() {
+    kill_process(rustix::process::getpid(), Signal::STOP).expect("kill");
+}
+
+/// Runs `run` in a child and returns how it ended.
+pub fn in_child(run: impl FnOnce() -> i32) -> Exit {
+    Child::fork(run).wait()
+}
+
+/// A thread that sleeps in a system call.
+pub struct Blocked<T> {
+    thread: JoinHandle<T>,
+    tid: Pid,
+    calls: &'static [c_long],
+}
+
+impl<T: Send + 'static> Blocked<T> {
+    /// Runs `run` in a thread, and returns when that sleeps in one of `calls`.
+    #[track_caller]
+    pub fn spawn(calls: &'static [c_long], run: impl FnOnce() -> T + Send + 'static) -> Self {
+        let (send, receive) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            send.send(gettid()).expect("send the thread's number");
+            run()
+        });
+        let tid = receive.recv().expect("receive the thread's number");
+        let blocked = Self { thread, tid, calls };
+        blocked.wait_asleep();
+        blocked
+    }
+
+    /// Waits until the thread sleeps in one of its calls.
+    #[track_caller]
+    pub fn wait_asleep(&self) {
+        let path = format!("/proc/self/task/{}/syscall", self.tid.as_raw_nonzero());
+        loop {
+            assert!(
+                !self.thread.is_finished(),
+                "expected the thread to wait in system call {:?}, but it returned",
+                self.calls
+            );
+            // "running", or the number and the arguments. It is gone if the
+            // thread is.
+            let state = fs::read_to_string(&path).unwrap_or_default();
+            let number = state.split(' ').next().and_then(|word| word.parse().ok());
+            if number.is_some_and(|number| self.calls.contains(&number)) {
+                return;
+            }
+            thread::yield_now();
+        }
+    }
+
+    /// Sends the thread a signal.
+    pub fn signal(&self, signal: Signal) {
+        // SAFETY: It takes three numbers, and the thread is not joined yet.
+        let ret = unsafe {
+            libc::syscall(
+                libc::SYS_tgkill,
+                libc::getpid(),
+                self.tid.as_raw_nonzero().get(),
+                signal.as_raw(),
+            )
+        };
+        assert_eq!(ret, 0, "tgkill: {}", std::io::Error::last_os_error());
+    }
+
+    /// Waits for the result.
+    pub fn join(self) -> T {
+        self.thread.join().expect("the thread panicked")
+    }
+}

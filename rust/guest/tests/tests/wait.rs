@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: GPL-2.0
+//! read() that waits, poll() and epoll.
+
+use libc::c_int;
+use rustix::{
+    event::{
+        PollFlags, Timespec,
+        epoll::{self, CreateFlags, EventData, EventFlags},
+    },
+    io::Errno,
+    process::Signal,
+};
+use std::{
+    io, mem,
+    ops::Range,
+    os::fd::OwnedFd,
+    ptr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+};
+use uverbs_mmu_notify::{Event, Mr, NotifyQueue};
+use uverbs_mmu_notify_tests::*;
+
+const READ: &[libc::c_long] = &[libc::SYS_read];
+const NOW: Option<Timespec> = Some(Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+});
+
+/// A queue that blocks, and one watched region of `pages`.
+fn blocking(pages: Range<usize>) -> (Fixture, Arc<NotifyQueue>, Map, Mr) {
+    let fixture = Fixture::new();
+    let queue = Arc::new(NotifyQueue::alloc(&fixture.context).unwrap());
+    let map = Map::new(pages.len());
+    let args = fixture.args(map, pages, 7).watched(&queue, 7);
+    let mr = fixture.reg(&args);
+    (fixture, queue, map, mr)
+}
+
+fn read_one(queue: &Arc<NotifyQueue>) -> impl FnOnce() -> io::Result<Record> + Send + use<> {
+    let queue = queue.clone();
+    move || {
+        let mut events = [Event::default(); 2];
+        let count = queue.read(&mut events)?;
+        assert_eq!(count, 1, "events read");
+        Ok(events[0].into())
+    }
+}
+
+static SIGNALS: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn count_signal(_: c_int) {
+    SIGNALS.fetch_add(1, Ordering::SeqCst);
+}
+
+fn handle_signal(flags: c_int) {
+    // SAFETY: The handler only adds to an atomic.
+    let ret = unsafe {
+        let mut action: libc::sigaction = mem::zeroed();
+        action.sa_sigaction = count_signal as extern "C" fn(c_int) as usize;
+        action.sa_flags = flags;
+        libc::sigaction(libc::SIGUSR1, &action, ptr::null_mut())
+    };
+    assert_eq!(ret, 0, "sigaction");
+}
+
+/// Interface: read() waits, and a hit wakes it.
+#[test]
+fn read_is_woken() {
+    let (_fixture, queue, map, _mr) = blocking(0..2);
+    for page in 0..2 {
+        let reader = Blocked::spawn(READ, read_one(&queue));
+        map.unmap(page..page + 1);
+        let record = reader.join().expect("read");
+        let expected = Record::new(map, page..page + 1, 7, page as u64 + 1, UNMAPPED);
+        assert_eq!(record, expected);
+    }
+}
+
+/// Interface: a read() that blocks does not wait when there is something.
+#[test]
+fn read_of_what_is_there() {
+    let (_fixture, queue, map, _mr) = blocking(0..1);
+    map.unmap(0..1);
+    let record = read_one(&queue)().expect("read");
+    assert_eq!(record, Record::new(map, 0..1, 7, 1, UNMAPPED));
+}
+
+/// Interface: each event wakes a reader when several wait.
+#[test]
+fn several_readers_are_woken() {
+    let fixture = Fixture::new();
+    let queue = Arc::new(NotifyQueue::alloc(&fixture.context).unwrap());
+    let map = Map::new(3);
+    let _mrs: Vec<_> = (0..3)
+        .map(|page| fixture.reg(&fixture.args(map, page..page + 1, 0).watched(&queue, page as u64)))
+        .collect();
+    let read = |queue: Arc<NotifyQueue>| {
+        move || {
+            let mut events = [Event::default(); 1];
+            queue.read(&mut events).map(|_| events[0].cookie)
+        }
+    };
+    let readers: Vec<_> = (0..3)
+        .map(|_| Blocked::spawn(READ, read(queue.clone())))
+        .collect();
+
+    map.unmap(0..3);
+    let mut cookies: Vec<_> = readers
+        .into_iter()
+        .map(|reader| reader.join().expect("read"))
+        .collect();
+    cookies.sort();
+    assert_eq!(cookies, [0, 1, 2], "the cookies that were read");
+}
+
+/// Interface, G4: a signal interrupts read(), which consumes nothing.
+#[test]
+fn read_is_interrupted() {
+    let (_fixture, queue, map, mut mr) = blocking(0..1);
+    handle_signal(0);
+    let reader = Blocked::spawn(READ, read_one(&queue));
+    reader.signal(Signal::USR1);
+    expect_errno(reader.join(), Errno::INTR, "read() with a signal");
+    assert_eq!(
+        SIGNALS.load(Ordering::SeqCst),
+        1,
+        "calls of the signal handler"
+    );
+
+    map.unmap(0..1);
+    read_one(&queue)().expect("read");
+    assert_eq!(mr.destroy().unwrap(), 1, "events reported");
+}
+
+/// Interface: with SA_RESTART a signal does not interrupt read().
+#[test]
+fn read_is_restarted() {
+    let (_fixture, queue, map, _mr) = blocking(0..1);
+    handle_signal(libc::SA_RESTART);
+    let reader = Blocked::spawn(READ, read_one(&queue));
+    reader.signal(Signal::USR1);
+    while SIGNALS.load(Ordering::SeqCst) == 0 {
+        thread::yield_now();
+    }
+    reader.wait_asleep();
+
+    map.unmap(0..1);
+    let record = reader.join().expect("read");
+    assert_eq!(record, Record::new(map, 0..1, 7, 1, UNMAPPED));
+}
+
+/// Interface: O_NONBLOCK can be set and cleared later.
+#[test]
+fn nonblock_is_switched() {
+    let (_fixture, queue, map, _mr) = blocking(0..1);
+    queue.set_nonblocking(true).unwrap();
+    expect_errno(read_one(&queue)(), Errno::AGAIN, "read with O_NONBLOCK");
+    queue.set_nonblocking(false).unwrap();
+    let reader = Blocked::spawn(READ, read_one(&queue));
+    map.unmap(0..1);
+    reader.join().expect("read");
+}
+
+/// Interface: the end of the context wakes a reader.
+#[test]
+fn read_is_woken_by_the_end() {
+    let (fixture, queue, _map, _mr) = blocking(0..1);
+    let reader = Blocked::spawn(READ, read_one(&queue));
+    fixture.context.disconnect().unwrap();
+    expect_errno(
+        reader.join(),
+        Errno::IO,
+        "read() when the context is closed",
+    );
+}
+
+/// Interface: poll() says whether there is something to read.
+#[test]
+fn poll_tells() {
+    let fixture = Fixture::new();
+    let map = Map::new(2);
+    let mrs = fixture.watch_each(map, 0..2);
+    let poll = || fixture.queue.poll(NOW).unwrap();
+    assert_eq!(poll(), PollFlags::empty(), "before the hits");
+    map.unmap(0..2);
+    assert_eq!(poll(), PollFlags::IN, "after the hits");
+    fixture.queue.read(&mut [Event::default()]).unwrap();
+    assert_eq!(poll(), PollFlags::IN, "with one event read of two");
+    drop(mrs);
+    assert_eq!(poll(), PollFlags::empty(), "after the deregistration");
+}
+
+/// Interface: poll() waits, and a hit, or the end of the context, wakes it.
+#[test]
+fn poll_is_woken() {
+    const POLL: &[libc::c_long] = &[libc::SYS_poll, libc::SYS_ppoll];
+    let (fixture, queue, map, _mr) = blocking(0..1);
+    let waiting = queue.clone();
+    let poller = Blocked::spawn(POLL, move || waiting.poll(None));
+    map.unmap(0..1);
+    assert_eq!(poller.join().unwrap(), PollFlags::IN, "after the hit");
+
+    read_one(&queue)().expect("read");
+    let waiting = queue.clone();
+    let poller = Blocked::spawn(POLL, move || waiting.poll(None));
+    fixture.context.disconnect().unwrap();
+    assert_eq!(poller.join().unwrap(), PollFlags::ERR, "after the end");
+}
+
+fn epoll(queue: &NotifyQueue, flags: EventFlags) -> OwnedFd {
+    let epoll = epoll::create(CreateFlags::CLOEXEC).unwrap();
+    epoll::add(&epoll, queue, EventData::new_u64(0), EventFlags::IN | flags).unwrap();
+    epoll
+}
+
+fn ready(epoll: &OwnedFd) -> Option<EventFlags> {
+    let mut events = Vec::with_capacity(1);
+    epoll::wait(epoll, rustix::buffer::spare_capacity(&mut events), NOW.as_ref()).unwrap();
+    events.pop().map(|event: epoll::Event| event.flags)
+}
+
+/// Interface: level-triggered epoll tells for as long as there is something.
+#[test]
+fn epoll_level() {
+    let fixture = Fixture::new();
+    let map = Map::new(2);
+    let _mrs = fixture.watch_each(map, 0..2);
+    let epoll = epoll(&fixture.queue, EventFlags::empty());
+    assert_eq!(ready(&epoll), None, "before the hits");
+    map.unmap(0..2);
+    for what in ["after the hits", "asked again"] {
+        assert_eq!(ready(&epoll), Some(EventFlags::IN), "{what}");
+    }
+    fixture.queue.read(&mut [Event::default()]).unwrap();
+    assert_eq!(ready(&epoll), Some(EventFlags::IN), "with one event left");
+    fixture.queue.read(&mut [Event::default()]).unwrap();
+    assert_eq!(ready(&epoll), None, "with none left");
+    fixture.context.disconnect().unwrap();
+    assert_eq!(ready(&epoll), Some(EventFlags::ERR), "after the end");
+}
+
+/// Interface: edge-triggered epoll tells once, and again for the next event
+/// after a drain to a short count.
+#[test]
+fn epoll_edge() {
+    let fixture = Fixture::new();
+    let map = Map::new(4);
+    let _mr = fixture.watch(map, 0..4, 7);
+    let epoll = epoll(&fixture.queue, EventFlags::ET);
+    assert_eq!(ready(&epoll), None, "before the hits");
+    for page in 0..4 {
+        map.unmap(page..page + 1);
+        assert_eq!(ready(&epoll), Some(EventFlags::IN), "after hit {page}");
+        assert_eq!(ready(&epoll), None, "asked again after hit {page}");
+        assert_eq!(fixture.queue.read(&mut [Event::default(); 2]).unwrap(), 1);
+        assert_eq!(ready(&epoll), None, "after draining hit {page}");
+    }
+}
+
+/// Interface: a waiting epoll is woken.
+#[test]
+fn epoll_is_woken() {
+    const EPOLL: &[libc::c_long] = &[libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2];
+    let (_fixture, queue, map, _mr) = blocking(0..1);
+    let epoll = epoll(&queue, EventFlags::ET);
+    let waiter = Blocked::spawn(EPOLL, move || {
+        let mut events = Vec::with_capacity(1);
+        epoll::wait(&epoll, rustix::buffer::spare_capacity(&mut events), None).unwrap();
+        events.pop().map(|event: epoll::Event| event.flags)
+    });
+    map.unmap(0..1);
+    assert_eq!(waiter.join(), Some(EventFlags::IN), "after the hit");
+}
