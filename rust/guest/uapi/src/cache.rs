@@ -53,9 +53,9 @@ pub trait Backend {
     fn read(&self, events: &mut [Event]) -> io::Result<usize>;
     /// Registers the region of these addresses (the end is exclusive), watched.
     fn register(&self, range: &Range<u64>, cookie: u64) -> io::Result<Self::Mr>;
-    /// Deregisters and returns how many of its events were read. After an error
-    /// the region is still registered.
-    fn deregister(&self, mr: &mut Self::Mr) -> io::Result<u64>;
+    /// Deregisters and returns how many of its events were read, modulo 2^32.
+    /// After an error the region is still registered.
+    fn deregister(&self, mr: &mut Self::Mr) -> io::Result<u32>;
 }
 
 /// A cached registration. Whoever holds one may use its region.
@@ -78,6 +78,11 @@ impl<M> Entry<M> {
         &self.range
     }
 
+    /// What its events carry.
+    pub fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
     fn key(&self) -> (u64, u64) {
         (self.range.start, self.range.end)
     }
@@ -90,9 +95,10 @@ impl<M> Entry<M> {
 /// What a cookie resolves to.
 struct Object {
     stale: Arc<AtomicBool>,
-    seen: u64,
+    /// Events seen, modulo 2^32 as the kernel counts.
+    seen: u32,
     /// The final number of events, once the region is deregistered.
-    reported: Option<u64>,
+    reported: Option<u32>,
 }
 
 struct State<M> {
@@ -192,7 +198,7 @@ impl<B: Backend> Cache<B> {
                 Ok(reported) => {
                     self.lock().settle(entry.cookie, reported);
                     reaped.regions += 1;
-                    reaped.events += reported;
+                    reaped.events += u64::from(reported);
                 }
                 Err(e) => {
                     self.lock().retired.push(entry);
@@ -271,12 +277,12 @@ impl<M> State<M> {
     fn mark(&mut self, cookie: u64) {
         if let Some(object) = self.objects.get_mut(&cookie) {
             object.stale.store(true, Ordering::Release);
-            object.seen += 1;
+            object.seen = object.seen.wrapping_add(1);
             self.drop_if_settled(cookie);
         }
     }
 
-    fn settle(&mut self, cookie: u64, reported: u64) {
+    fn settle(&mut self, cookie: u64, reported: u32) {
         if let Some(object) = self.objects.get_mut(&cookie) {
             object.reported = Some(reported);
             self.drop_if_settled(cookie);
@@ -360,7 +366,7 @@ impl Backend for Verbs {
         }
     }
 
-    fn deregister(&self, mr: &mut Mr) -> io::Result<u64> {
+    fn deregister(&self, mr: &mut Mr) -> io::Result<u32> {
         mr.destroy()
     }
 }

@@ -155,13 +155,13 @@ impl Mr {
     }
 
     /// Deregisters, and returns how many events of this region were read from
-    /// its queue; no more will be. 0 for a plain region. After an error the
-    /// region is as it was, and this may be tried again.
+    /// its queue, modulo 2^32; no more will be. 0 for a plain region. After an
+    /// error the region is as it was, and this may be tried again.
     ///
     /// # Panics
     ///
     /// If the region was destroyed before.
-    pub fn destroy(&mut self) -> io::Result<u64> {
+    pub fn destroy(&mut self) -> io::Result<u32> {
         assert!(self.registered, "the region was destroyed before");
         let mut reported = 0_u32;
         // The output is optional: a kernel that does not know it has no watched
@@ -171,7 +171,7 @@ impl Mr {
             .optional_output(UVERBS_ATTR_DESTROY_MR_RESP_EVENTS_REPORTED, &mut reported)
             .call(&*self.pd.context, self.pd.context.driver_id())?;
         self.registered = false;
-        Ok(reported.into())
+        Ok(reported)
     }
 }
 

@@ -16,7 +16,7 @@ struct Kernel {
     deregister_error: Option<i32>,
     /// Cookies of registered regions.
     registered: Vec<u64>,
-    delivered: HashMap<u64, u64>,
+    delivered: HashMap<u64, u32>,
     /// Events that another thread has read, but not yet shown to the cache.
     elsewhere: Vec<u64>,
 }
@@ -70,13 +70,13 @@ impl Backend for RefCell<Kernel> {
         Ok(cookie)
     }
 
-    fn deregister(&self, cookie: &mut u64) -> io::Result<u64> {
+    fn deregister(&self, cookie: &mut u64) -> io::Result<u32> {
         let mut kernel = self.borrow_mut();
         fail(&mut kernel.deregister_error)?;
         kernel.registered.retain(|other| other != cookie);
         kernel.queue.retain(|event| event.cookie != *cookie);
         let elsewhere = kernel.elsewhere.iter().filter(|&c| c == cookie).count();
-        Ok(kernel.delivered.remove(cookie).unwrap_or(0) + elsewhere as u64)
+        Ok(kernel.delivered.remove(cookie).unwrap_or(0) + elsewhere as u32)
     }
 }
 
