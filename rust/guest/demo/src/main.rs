@@ -68,12 +68,18 @@ fn without_notification(peer: &Peer) -> Result<()> {
     let args = MrArgs::new(buffer.addr(), buffer.len());
     // SAFETY: `Mapping` reaches its memory by raw pointers only.
     let mr = unsafe { PlainMr::reg(&peer.pd, &args) }?;
-    say("the application registers its buffer and caches that", "");
+    say(
+        "the application registers its buffer and caches the key",
+        "",
+    );
     let cache = HashMap::from([(buffer.addr(), mr)]);
     let cached = |buffer: &Mapping| Location::new(buffer.addr(), cache[&buffer.addr()].rkey());
 
     peer.write(FIRST, cached(&buffer))?;
-    say("the peer writes to the cached registration", "success");
+    say(
+        "RDMA WRITE by the peer, with the cached key: completion",
+        "success",
+    );
     expect(&buffer.get(FIRST.len()), FIRST.as_bytes())?;
     say_bytes("the application sees", &buffer.get(FIRST.len()));
 
@@ -81,7 +87,10 @@ fn without_notification(peer: &Peer) -> Result<()> {
     buffer.map()?;
     say("munmap, then mmap at the same address", "");
     peer.write(SECOND, cached(&buffer))?;
-    say("the peer writes to the cached registration", "success");
+    say(
+        "RDMA WRITE by the peer, with the cached key: completion",
+        "success",
+    );
     expect(&buffer.get(SECOND.len()), &[0; SECOND.len()])?;
     say_bytes("the application sees", &buffer.get(SECOND.len()));
     let gone = peer.read(SECOND.len(), cached(&buffer))?;
@@ -99,7 +108,10 @@ fn with_notification(peer: &Peer, cache: &Cache<Witness>, buffer: &mut Mapping) 
         entry.cookie(),
     );
     peer.write(FIRST, Location::new(buffer.addr(), entry.mr().rkey()))?;
-    say("the peer writes to the cached registration", "success");
+    say(
+        "RDMA WRITE by the peer, with the cached key: completion",
+        "success",
+    );
     expect(&buffer.get(FIRST.len()), FIRST.as_bytes())?;
     say_bytes("the application sees", &buffer.get(FIRST.len()));
 
@@ -138,7 +150,10 @@ fn with_notification(peer: &Peer, cache: &Cache<Witness>, buffer: &mut Mapping) 
     let entry = cache.get(range.clone())?;
     say("the cache registers anew, cookie", entry.cookie());
     peer.write(SECOND, Location::new(buffer.addr(), entry.mr().rkey()))?;
-    say("the peer writes to the cached registration", "success");
+    say(
+        "RDMA WRITE by the peer, with the cached key: completion",
+        "success",
+    );
     expect(&buffer.get(SECOND.len()), SECOND.as_bytes())?;
     say_bytes("the application sees", &buffer.get(SECOND.len()));
     println!("   => the data arrived");

@@ -21,6 +21,24 @@
 //! So a hit is one load and no system call. What is stale on its return became
 //! so after the look-up; a program that changes the mapping of a buffer while
 //! it communicates from it has no valid answer anyway.
+//!
+//! ```no_run
+//! # fn send(addr: u64, len: u64) -> std::io::Result<()> {
+//! use uverbs_mmu_notify::{Context, Pd, cache::{Cache, Verbs}};
+//!
+//! let context = Context::open("rxe0")?;
+//! assert!(context.mmu_notify_supported()?);
+//! // SAFETY: No reference points to the buffers that are sent.
+//! let cache = Cache::new(unsafe { Verbs::new(&Pd::alloc(&context)?) }?);
+//!
+//! let entry = cache.get(addr..addr + len)?; // nearly always a hit
+//! let rkey = entry.mr().rkey(); // good for as long as `entry` is held
+//! # let _ = rkey;
+//! drop(entry);
+//! cache.reap()?; // now and then
+//! # Ok(())
+//! # }
+//! ```
 
 use crate::{
     mr::{Mr, MrArgs, Pd},

@@ -2,7 +2,7 @@
 //! The cache's rules, with a kernel whose events the test decides.
 
 use super::*;
-use std::{cell::RefCell, collections::VecDeque};
+use std::{cell::RefCell, collections::VecDeque, rc::Rc};
 
 #[derive(Default)]
 struct Kernel {
@@ -12,6 +12,8 @@ struct Kernel {
     read_error: Option<i32>,
     /// Hit while being registered: that many of the next registrations.
     born_stale: u32,
+    /// What another thread does before a registration returns.
+    during_registration: Option<Box<dyn FnOnce()>>,
     register_error: Option<i32>,
     deregister_error: Option<i32>,
     /// Cookies of registered regions.
@@ -67,6 +69,9 @@ impl Backend for RefCell<Kernel> {
             kernel.hit(cookie);
         }
         kernel.registered.push(cookie);
+        let other_thread = kernel.during_registration.take();
+        drop(kernel);
+        other_thread.into_iter().for_each(|run| run());
         Ok(cookie)
     }
 
@@ -227,12 +232,15 @@ fn always_born_stale_is_an_error() {
 
 #[test]
 fn an_event_read_during_the_registration_counts() {
-    // Another thread's look-up reads the event before REG_MR has returned.
-    let cache = cache();
-    let (cookie, stale) = cache.lock().new_object();
-    hit(&cache, cookie);
-    cache.lookup(&(0..10)).unwrap();
-    assert!(stale.load(Ordering::Relaxed));
+    let cache = Rc::new(cache());
+    let other = cache.clone();
+    cache.backend.borrow_mut().born_stale = 1;
+    cache.backend.borrow_mut().during_registration = Some(Box::new(move || {
+        assert!(other.lookup(&(0..10)).unwrap().is_none());
+    }));
+    let entry = cache.get(0..10).unwrap();
+    assert_eq!(reads(&cache), 1);
+    assert_eq!(entry.cookie, 2);
 }
 
 #[test]
