@@ -96,7 +96,13 @@ fn several_readers_are_woken() {
     let queue = Arc::new(NotifyQueue::alloc(&fixture.context).unwrap());
     let map = Map::new(3);
     let _mrs: Vec<_> = (0..3)
-        .map(|page| fixture.reg(&fixture.args(map, page..page + 1, 0).watched(&queue, page as u64)))
+        .map(|page| {
+            fixture.reg(
+                &fixture
+                    .args(map, page..page + 1, 0)
+                    .watched(&queue, page as u64),
+            )
+        })
         .collect();
     let read = |queue: Arc<NotifyQueue>| {
         move || {
@@ -219,7 +225,12 @@ fn epoll(queue: &NotifyQueue, flags: EventFlags) -> OwnedFd {
 
 fn ready(epoll: &OwnedFd) -> Option<EventFlags> {
     let mut events = Vec::with_capacity(1);
-    epoll::wait(epoll, rustix::buffer::spare_capacity(&mut events), NOW.as_ref()).unwrap();
+    epoll::wait(
+        epoll,
+        rustix::buffer::spare_capacity(&mut events),
+        NOW.as_ref(),
+    )
+    .unwrap();
     events.pop().map(|event: epoll::Event| event.flags)
 }
 
@@ -264,7 +275,11 @@ fn epoll_edge() {
 /// Interface: a waiting epoll is woken.
 #[test]
 fn epoll_is_woken() {
-    const EPOLL: &[libc::c_long] = &[libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2];
+    const EPOLL: &[libc::c_long] = &[
+        libc::SYS_epoll_wait,
+        libc::SYS_epoll_pwait,
+        libc::SYS_epoll_pwait2,
+    ];
     let (_fixture, queue, map, _mr) = blocking(0..1);
     let epoll = epoll(&queue, EventFlags::ET);
     let waiter = Blocked::spawn(EPOLL, move || {

@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: GPL-2.0
+//! G8: files, regions, contexts and processes end in any order.
+
+use rustix::{
+    event::{PollFlags, Timespec},
+    io::{Errno, FdFlags, fcntl_getfd},
+};
+use std::{
+    mem,
+    os::{fd::AsFd, unix::process::CommandExt},
+    process::Command,
+    sync::Arc,
+};
+use uverbs_mmu_notify::{Context, Event, GenerationPage, Mr, MrArgs, NotifyQueue};
+use uverbs_mmu_notify_tests::*;
+
+const NOW: Option<Timespec> = Some(Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+});
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Fd,
+    Region,
+    Context,
+    Page,
+}
+
+const ENDS: [End; 4] = [End::Fd, End::Region, End::Context, End::Page];
+
+/// All orders in which any of `left` end, after those of `ended`.
+fn orders(ended: &[End]) -> Vec<Vec<End>> {
+    let mut all = vec![ended.to_vec()];
+    for end in ENDS.into_iter().filter(|end| !ended.contains(end)) {
+        all.extend(orders(&[ended, &[end]].concat()));
+    }
+    all
+}
+
+/// A watched region and what belongs to it, some of it ended, and what is to be
+/// seen of it.
+struct World {
+    context: Arc<Context>,
+    queue: Option<NotifyQueue>,
+    page: Option<GenerationPage>,
+    mr: Option<Mr>,
+    map: Map,
+    hits: usize,
+    delivered: u32,
+    generation: u64,
+    context_closed: bool,
+    queue_closed: bool,
+}
+
+impl World {
+    fn new() -> Self {
+        let fixture = Fixture::new();
+        let map = Map::new(ENDS.len() + 1);
+        let mr = fixture.watch(map, 0..ENDS.len() + 1, 7);
+        let Fixture {
+            context,
+            queue,
+            page,
+            ..
+        } = fixture;
+        Self {
+            context,
+            queue: Some(queue),
+            generation: page.load(),
+            page: Some(page),
+            mr: Some(mr),
+            map,
+            hits: 0,
+            delivered: 0,
+            context_closed: false,
+            queue_closed: false,
+        }
+    }
+
+    fn end(&mut self, end: End) {
+        match end {
+            End::Fd => self.queue = None,
+            End::Page => self.page = None,
+            End::Region => {
+                let mut mr = self.mr.take().expect("it ends once");
+                if self.context_closed {
+                    expect_errno(mr.destroy(), Errno::NOTTY, "MR_DESTROY");
+                } else {
+                    assert_eq!(mr.destroy().unwrap(), self.delivered, "events reported");
+                }
+                mem::forget(mr);
+            }
+            End::Context => {
+                self.context.disconnect().expect("close the context");
+                self.context_closed = true;
+                self.generation += u64::from(!self.queue_closed);
+            }
+        }
+        // A mapping keeps the file open.
+        self.queue_closed |= self.context_closed || self.queue.is_none() && self.page.is_none();
+    }
+
+    /// Changes the mapping, and looks at all that there still is.
+    fn check(&mut self) {
+        let watched = self.mr.is_some() && !self.queue_closed;
+        self.generation += u64::from(watched);
+        let pages = self.hits..self.hits + 1;
+        self.map.unmap(pages.clone());
+        self.hits += 1;
+
+        if let Some(page) = &self.page {
+            assert_eq!(page.load(), self.generation, "generation");
+        }
+        let Some(queue) = &self.queue else { return };
+        let mut events = [Event::default(); 2];
+        let ready = queue.poll(NOW).unwrap();
+        if self.queue_closed {
+            assert_eq!(ready, PollFlags::ERR, "poll() of a closed queue");
+            expect_errno(
+                queue.read(&mut events),
+                Errno::IO,
+                "read() of a closed queue",
+            );
+        } else if watched {
+            assert_eq!(ready, PollFlags::IN, "poll() after a hit");
+            let record = Record::new(self.map, pages, 7, self.generation, UNMAPPED);
+            expect_records(queue, &[record]);
+            self.delivered += 1;
+        } else {
+            assert_eq!(ready, PollFlags::empty(), "poll() without a region");
+            expect_errno(
+                queue.read(&mut events),
+                Errno::AGAIN,
+                "read() without a region",
+            );
+        }
+    }
+
+    fn run(order: &[End]) {
+        eprintln!("{order:?}");
+        let mut world = Self::new();
+        world.check();
+        for &end in order {
+            world.end(end);
+            world.check();
+        }
+        // Nothing ends by itself behind the back of the test.
+        mem::forget(world);
+    }
+}
+
+/// All of them end, in each order; in each state hits do what they should.
+#[test]
+fn ends_in_every_order() {
+    for order in orders(&[]).iter().filter(|order| order.len() == ENDS.len()) {
+        World::run(order);
+    }
+}
+
+/// The process ends in each state on the way.
+#[test]
+fn process_exits_in_every_state() {
+    for order in orders(&[]) {
+        let child = in_child(|| {
+            World::run(&order);
+            0
+        });
+        assert_eq!(child, Exit::Code(0), "the child that ended {order:?}");
+    }
+    expect_no_regions();
+}
+
+/// The device must have no region left.
+#[track_caller]
+fn expect_no_regions() {
+    let shown = Command::new("rdma")
+        .args(["resource", "show", DEVICE])
+        .output()
+        .expect("run rdma");
+    let shown = String::from_utf8_lossy(&shown.stdout);
+    assert!(
+        shown.contains(" mr 0 "),
+        "expected no MR to be left: {shown}"
+    );
+}
+
+/// Interface: FD closed while its regions are watched; the region still tells
+/// what was delivered, and hits go nowhere.
+#[test]
+fn fd_closed_before_the_region() {
+    let fixture = Fixture::new();
+    let map = Map::new(4);
+    let mut mrs = [fixture.watch(map, 0..4, 1), fixture.watch(map, 1..4, 2)];
+    map.unmap(0..1);
+    map.unmap(1..2);
+    assert_eq!(read_all(&fixture.queue).len(), 2, "events read");
+    map.unmap(2..3);
+    let Fixture { queue, page, .. } = fixture;
+    drop(page);
+    drop(queue);
+    map.unmap(3..4);
+    for mr in &mut mrs {
+        assert_eq!(mr.destroy().unwrap(), 1, "events reported");
+    }
+}
+
+/// Interface: a duplicate keeps the queue alive.
+#[test]
+fn fd_is_duplicated() {
+    let fixture = Fixture::new();
+    let map = Map::new(1);
+    let _mr = fixture.watch(map, 0..1, 7);
+    let other = rustix::io::dup(&fixture.queue).unwrap();
+    let Fixture { queue, page, .. } = fixture;
+    drop((queue, page));
+    map.unmap(0..1);
+    expect_records(&other.into(), &[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
+}
+
+/// Interface: the end of the context drops what waits to be read, bumps once,
+/// and the queue says EIO and EPOLLERR from then on.
+#[test]
+fn context_closed_with_an_event_pending() {
+    let fixture = Fixture::new();
+    let map = Map::new(2);
+    let mr = fixture.watch(map, 0..2, 7);
+    map.unmap(0..1);
+    let before = fixture.page.load();
+    fixture.context.disconnect().unwrap();
+    mem::forget(mr);
+    assert_eq!(fixture.page.load(), before + 1, "one bump");
+    map.unmap(1..2);
+    assert_eq!(fixture.page.load(), before + 1, "no bump after that");
+    for _ in 0..2 {
+        let read = fixture.queue.read(&mut [Event::default()]);
+        expect_errno(read, Errno::IO, "read()");
+        assert_eq!(fixture.queue.poll(NOW).unwrap(), PollFlags::ERR, "poll()");
+    }
+}
+
+/// Interface: a queue closes on exec.
+#[test]
+fn fd_is_close_on_exec() {
+    let fixture = Fixture::new();
+    assert_eq!(fcntl_getfd(&fixture.queue).unwrap(), FdFlags::CLOEXEC);
+}
+
+/// A child watches its memory, and its address space goes by `end`, while this
+/// process holds the queue and the context.
+#[track_caller]
+fn address_space_ends(end: impl FnOnce()) {
+    let child = Child::fork(|| {
+        let fixture = Fixture::new();
+        let _mr = fixture.watch(Map::new(2), 0..2, 7);
+        stop();
+        end();
+        0
+    });
+    child.wait_stopped();
+    let context = child.fd("/dev/infiniband/uverbs");
+    let queue = NotifyQueue::from(child.fd("anon_inode:[infinibandmmunotify]"));
+    let page = queue.generation_page().expect("map the counter page");
+    let before = page.load();
+    child.resume();
+    assert_eq!(child.wait(), Exit::Code(0), "the child");
+
+    assert!(
+        page.load() > before,
+        "the end was reported: {} > {before}",
+        page.load()
+    );
+    let read = queue.read(&mut [Event::default()]);
+    expect_errno(read, Errno::PERM, "read() of another process's queue");
+    let before = page.load();
+    drop(context);
+    assert_eq!(
+        page.load(),
+        before + 1,
+        "the bump of the end of the context"
+    );
+    expect_no_regions();
+}
+
+/// G1, G2: exit.
+#[test]
+fn exit_is_reported() {
+    address_space_ends(|| ());
+}
+
+/// G1, G2: exec.
+#[test]
+fn exec_is_reported() {
+    address_space_ends(|| panic!("exec: {}", Command::new("true").exec()));
+}
+
+/// G8: killed while threads read and change the mapping.
+#[test]
+fn killed() {
+    let child = Child::fork(|| {
+        let fixture = Fixture::new();
+        let map = Map::new(2);
+        let _mr = fixture.watch(map, 0..2, 7);
+        stop();
+        loop {
+            map.map_over(0..2);
+            let _ = read_all(&fixture.queue);
+        }
+    });
+    child.wait_stopped();
+    child.resume();
+    assert_eq!(child.kill(), Exit::Signal(libc::SIGKILL), "the child");
+    expect_no_regions();
+}
+
+/// G8: many queues and regions in one context, which ends first.
+#[test]
+fn many_queues() {
+    let fixture = Fixture::new();
+    let map = Map::new(8);
+    let queues: Vec<_> = (0..8)
+        .map(|_| NotifyQueue::alloc(&fixture.context).expect("make a queue"))
+        .collect();
+    let mrs: Vec<_> = (0..64)
+        .map(|n| {
+            let args = MrArgs::new(map.at(n % 8), PAGE).watched(&queues[n / 8], n as u64);
+            fixture.reg(&args)
+        })
+        .collect();
+    map.unmap(0..4);
+    fixture.context.disconnect().unwrap();
+    mem::forget(mrs);
+    map.unmap(4..8);
+    for queue in &queues {
+        let read = queue.read(&mut [Event::default()]);
+        expect_errno(read, Errno::IO, "read() after the end of the context");
+    }
+    let _ = fixture.context.as_fd();
+    expect_no_regions();
+}
