@@ -10,8 +10,9 @@ use crate::sync::poll::WaitQueue;
 use loom::thread::{self, ThreadId};
 use std::{
     cell::RefCell,
+    collections::BTreeSet,
     rc::Rc,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, Weak},
     thread::panicking, //
 };
 
@@ -36,20 +37,30 @@ fn with<R>(f: impl FnOnce(&mut World) -> R) -> R {
     WORLD.with(|world| f(&mut world.borrow_mut()))
 }
 
-/// Runs `f` in every order of its threads, or those with at most `preemptions` preemptions.
+/// Runs `f` in every order of its threads that matters, or those with at most `preemptions`
+/// preemptions, and returns its different results.
 ///
 /// All that `f` allocates has to be freed in the end.
-pub fn model(preemptions: Option<usize>, f: impl Fn() + Send + Sync + 'static) {
+pub fn model<R: Ord + Send + 'static>(
+    preemptions: Option<usize>,
+    f: impl Fn() -> R + Send + Sync + 'static,
+) -> BTreeSet<R> {
+    let results = Arc::new(Mutex::new(BTreeSet::new()));
+    let inserted = results.clone();
     let mut builder = loom::model::Builder::new();
 
     builder.preemption_bound = preemptions;
     builder.max_branches = 20_000;
     builder.check(move || {
         with(|world| *world = World::default());
-        f();
+
+        let result = f();
+
         assert_eq!(live(), 0, "something leaked");
         assert!(with(|world| world.holders.is_empty()));
+        inserted.lock().unwrap().insert(result);
     });
+    Arc::into_inner(results).unwrap().into_inner().unwrap()
 }
 
 /// Runs `f`, which has no threads, once.

@@ -11,7 +11,7 @@ use interval_notifier::{Event, Invalidation};
 use loom::sync::{Condvar, Mutex};
 use std::sync::{Arc, Weak};
 
-type Callback = Arc<dyn Fn(&Invalidation)>;
+type Callback = Arc<dyn Fn(&Invalidation) + Send + Sync>;
 
 struct Node {
     id: usize,

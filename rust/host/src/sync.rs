@@ -345,10 +345,11 @@ pub mod poll {
             PollTable(Some(self))
         }
 
-        /// Sleeps until there has been a wake-up since the registration.
+        /// Sleeps until there has been a wake-up since the registration or the last call.
         pub fn wait(&self) {
-            for (queue, seen) in self.waits.take() {
-                queue.wait(seen);
+            for (queue, seen) in self.waits.borrow_mut().iter_mut() {
+                queue.wait(*seen);
+                *seen = queue.wakeups();
             }
         }
     }

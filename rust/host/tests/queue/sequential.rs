@@ -22,7 +22,7 @@ use kernel::{
     },
 };
 use loom::thread;
-use proptest::{collection::vec, prelude::*, sample::Index};
+use proptest::{collection::vec, prelude::*, sample::Index, test_runner::RngAlgorithm};
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeSet, VecDeque},
@@ -37,11 +37,21 @@ const PAGES: usize = 12;
 
 #[derive(Clone, Debug)]
 enum Op {
-    Watch { queue: usize, mrs: Vec<Range<usize>>, live: bool },
+    Watch {
+        queue: usize,
+        mrs: Vec<Range<usize>>,
+        live: bool,
+    },
     GoLive(Index),
-    Hit { event: u32, range: Range<usize> },
+    Hit {
+        event: u32,
+        range: Range<usize>,
+    },
     Detach(Index),
-    Poll { queue: usize, register: bool },
+    Poll {
+        queue: usize,
+        register: bool,
+    },
     Close(usize),
     Read(Read),
 }
@@ -67,7 +77,10 @@ enum Copy {
 /// A part of the addresses that are used here, often on the boundary of a page.
 fn range() -> impl Strategy<Value = Range<usize>> {
     let address = || {
-        (0..PAGES, prop_oneof![Just(0), Just(1), Just(PAGE - 1), 0..PAGE])
+        (
+            0..PAGES,
+            prop_oneof![Just(0), Just(1), Just(PAGE - 1), 0..PAGE],
+        )
             .prop_map(|(page, offset)| BASE + page * PAGE + offset)
     };
 
@@ -75,7 +88,8 @@ fn range() -> impl Strategy<Value = Range<usize>> {
 }
 
 fn leaf() -> impl Strategy<Value = Op> {
-    let hit = prop_oneof![6 => range(), 2 => Just(BASE..BASE + PAGES * PAGE), 1 => Just(0..usize::MAX)];
+    let hit =
+        prop_oneof![6 => range(), 2 => Just(BASE..BASE + PAGES * PAGE), 1 => Just(0..usize::MAX)];
 
     prop_oneof![
         3 => (0..2usize, vec(range(), 1..4), any::<bool>())
@@ -110,10 +124,18 @@ fn op() -> impl Strategy<Value = Op> {
         vec(copy, 0..4),
     )
         .prop_map(|(queue, max, asleep, copies)| {
-            Op::Read(Read { queue, max, asleep, copies })
+            Op::Read(Read {
+                queue,
+                max,
+                asleep,
+                copies,
+            })
         });
-    let many = (0..2usize, vec(range(), 20..40))
-        .prop_map(|(queue, mrs)| Op::Watch { queue, mrs, live: true });
+    let many = (0..2usize, vec(range(), 20..40)).prop_map(|(queue, mrs)| Op::Watch {
+        queue,
+        mrs,
+        live: true,
+    });
 
     prop_oneof![
         60 => leaf(),
@@ -237,7 +259,9 @@ impl Run {
 
     fn pick(&self, index: &Index) -> Option<usize> {
         let watches = self.watches.borrow();
-        let alive: Vec<_> = (0..watches.len()).filter(|i| watches[*i].is_some()).collect();
+        let alive: Vec<_> = (0..watches.len())
+            .filter(|i| watches[*i].is_some())
+            .collect();
 
         (!alive.is_empty()).then(|| *index.get(&alive))
     }
@@ -276,7 +300,11 @@ impl Run {
                 }
             }
             Op::Poll { queue, register } => {
-                let table = if *register { self.poller.table() } else { PollTable::NULL };
+                let table = if *register {
+                    self.poller.table()
+                } else {
+                    PollTable::NULL
+                };
                 let mask = self.queues[*queue].poll(&File, table);
                 let model = &mut self.model.borrow_mut().queues[*queue];
 
@@ -349,7 +377,11 @@ impl Run {
         if model.watches[cookie].reasons != 0 {
             model.report(cookie);
         }
-        self.watches.borrow()[cookie].as_ref().unwrap().object().go_live();
+        self.watches.borrow()[cookie]
+            .as_ref()
+            .unwrap()
+            .object()
+            .go_live();
     }
 
     fn detach(&self, cookie: usize) {
@@ -358,7 +390,9 @@ impl Run {
         let mut model = self.model.borrow_mut();
         let queue = model.watches[cookie].queue;
 
-        model.queues[queue].pending.retain(|pending| *pending != cookie);
+        model.queues[queue]
+            .pending
+            .retain(|pending| *pending != cookie);
         assert_eq!(delivered, model.watches[cookie].delivered);
     }
 
@@ -420,12 +454,26 @@ impl Run {
         } else if queue.closed {
             EIO
         } else {
-            assert!(queue.pending.is_empty(), "a short count with something left");
-            if interrupted.get() { ERESTARTSYS } else { EAGAIN }
+            assert!(
+                queue.pending.is_empty(),
+                "a short count with something left"
+            );
+            if interrupted.get() {
+                ERESTARTSYS
+            } else {
+                EAGAIN
+            }
         };
 
         assert!(buffer.fault.is_none());
-        assert_eq!(result, if buffer.done == 0 { Err(end) } else { Ok(buffer.done) });
+        assert_eq!(
+            result,
+            if buffer.done == 0 {
+                Err(end)
+            } else {
+                Ok(buffer.done)
+            }
+        );
     }
 }
 
@@ -474,7 +522,7 @@ impl Buffer for Script {
 
     fn make_ready(&mut self, count: usize) -> Result<usize> {
         check::might_sleep();
-        assert!(1 <= count && count <= 16 && count <= self.max - self.done);
+        assert!((1..=16.min(self.max - self.done)).contains(&count));
 
         match self.fault.take().unwrap() {
             Copy::Succeed => unreachable!(),
@@ -495,7 +543,13 @@ impl Buffer for Script {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 1000,
+        failure_persistence: None,
+        // The default one is slow without optimisation.
+        rng_algorithm: RngAlgorithm::XorShift,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn operations(ops in vec(op(), 1..80), queues_first in any::<bool>()) {

@@ -25,7 +25,10 @@ fn reasons() {
             _ => Some(2),
         };
 
-        assert_eq!(Reason::of(Event(event)).map(|reason| reason as u32), expected);
+        assert_eq!(
+            Reason::of(Event(event)).map(|reason| reason as u32),
+            expected
+        );
     }
 }
 
@@ -40,6 +43,8 @@ fn range(reserve: usize) -> impl Strategy<Value = (usize, usize)> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn hull_of_hits(
         // `Watch::new()` refuses the last page.
@@ -93,9 +98,7 @@ fn refusals() {
         let mm = MmWithUser::new();
         let other = MmWithUser::new();
         let queue = Queue::new(&mm).unwrap();
-        let new = |mm, range| {
-            Watch::new(queue.as_arc_borrow(), mm, range, 0).map(queue::detach)
-        };
+        let new = |mm, range| Watch::new(queue.as_arc_borrow(), mm, range, 0).map(queue::detach);
 
         assert!(queue.belongs_to(&mm) && !queue.belongs_to(&other));
         assert_eq!(new(&other, 1..2), Err(EPERM));
