@@ -111,7 +111,7 @@ impl Mr {
     /// any host that knows the key: no Rust reference may rely on them. Changing
     /// the mapping is allowed; the pages stay pinned.
     pub unsafe fn reg(pd: &Arc<Pd>, args: &MrArgs) -> io::Result<Self> {
-        let (mut lkey, mut rkey) = (0, 0);
+        let (mut lkey, mut rkey, mut stag) = (0, 0, 0u64);
         let mut request = Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_REG_MR)
             .object(UVERBS_ATTR_REG_MR_HANDLE, 0)
             .object(UVERBS_ATTR_REG_MR_PD_HANDLE, pd.handle().into())
@@ -126,6 +126,13 @@ impl Mr {
         }
         if let Some(cookie) = args.cookie {
             request = request.input(UVERBS_ATTR_REG_MR_NOTIFY_COOKIE, cookie);
+        }
+        if pd.context.driver_id() == RDMA_DRIVER_SIW {
+            // What its provider adds to each call: 8 bits of the key, and the
+            // whole key in return.
+            request = request
+                .input(UVERBS_ATTR_UHW_IN, 0)
+                .output(UVERBS_ATTR_UHW_OUT, &mut stag);
         }
         pd.context.call(&mut request)?;
         let handle = request.data(UVERBS_ATTR_REG_MR_HANDLE);
