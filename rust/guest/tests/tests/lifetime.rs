@@ -252,7 +252,8 @@ fn fd_is_close_on_exec() {
 fn address_space_ends(end: impl FnOnce()) {
     let child = Child::fork(|| {
         let fixture = Fixture::new();
-        let _mr = fixture.watch(Map::new(2), 0..2, 7);
+        let mr = fixture.watch(Map::new(2), 0..2, 7);
+        mem::forget((fixture, mr));
         stop();
         end();
         0
