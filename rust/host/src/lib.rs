@@ -40,11 +40,11 @@ pub mod error {
         use super::Error;
 
         pub const EPERM: Error = Error(-1);
+        pub const EINTR: Error = Error(-4);
         pub const EIO: Error = Error(-5);
         pub const EAGAIN: Error = Error(-11);
         pub const ENOMEM: Error = Error(-12);
         pub const EFAULT: Error = Error(-14);
-        pub const EBUSY: Error = Error(-16);
         pub const EINVAL: Error = Error(-22);
         pub const ERESTARTSYS: Error = Error(-512);
     }

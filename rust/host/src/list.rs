@@ -33,12 +33,10 @@ pub trait TryNewListArc: ListArcSafe {}
 pub struct ListArc<T: ListArcSafe>(Arc<T>);
 
 impl<T: TryNewListArc> ListArc<T> {
-    pub fn try_from_arc(arc: Arc<T>) -> Result<Self, Arc<T>> {
-        if arc.tracker().0.swap(true, SeqCst) {
-            Err(arc)
-        } else {
-            Ok(Self(arc))
-        }
+    pub fn try_from_arc_borrow(arc: ArcBorrow<'_, T>) -> Option<Self> {
+        let is_new = !arc.tracker().0.swap(true, SeqCst);
+
+        is_new.then(|| Self(arc.into()))
     }
 }
 

@@ -151,25 +151,38 @@ macro_rules! new_spinlock {
 
 pub mod lock {
     use super::{Deref, PinInit, check};
-    use core::{convert::Infallible, marker::PhantomData, ops::DerefMut};
+    use core::{cell::UnsafeCell, convert::Infallible, marker::PhantomData, ops::DerefMut};
 
     pub mod spinlock {
         pub struct SpinLockBackend;
     }
 
     /// A leaf: a thread holds one at most.
-    pub struct SpinLock<T>(loom::sync::Mutex<T>);
+    pub struct SpinLock<T> {
+        mutex: loom::sync::Mutex<()>,
+        data: UnsafeCell<T>,
+    }
+
+    // SAFETY: Only who holds the mutex has a reference to the data.
+    unsafe impl<T: Send> Sync for SpinLock<T> {}
 
     impl<T> SpinLock<T> {
         #[allow(clippy::new_ret_no_self)]
         pub fn new(value: T) -> impl PinInit<Self, Infallible> {
-            Self(loom::sync::Mutex::new(value))
+            Self {
+                mutex: loom::sync::Mutex::new(()),
+                data: UnsafeCell::new(value),
+            }
+        }
+
+        pub(super) fn data(&self) -> *const T {
+            self.data.get()
         }
 
         pub fn lock(&self) -> Guard<'_, T, spinlock::SpinLockBackend> {
             let mut guard = Guard {
-                lock: &self.0,
-                inner: None,
+                lock: self,
+                held: None,
                 _backend: PhantomData,
             };
 
@@ -179,21 +192,21 @@ pub mod lock {
     }
 
     pub struct Guard<'a, T, B> {
-        lock: &'a loom::sync::Mutex<T>,
-        inner: Option<loom::sync::MutexGuard<'a, T>>,
+        lock: &'a SpinLock<T>,
+        held: Option<loom::sync::MutexGuard<'a, ()>>,
         _backend: PhantomData<B>,
     }
 
     impl<T, B> Guard<'_, T, B> {
         fn acquire(&mut self) {
             check::might_sleep();
-            self.inner = Some(self.lock.lock().unwrap());
+            self.held = Some(self.lock.mutex.lock().unwrap());
             check::locked();
         }
 
         fn release(&mut self) {
             check::unlocked();
-            self.inner = None;
+            self.held = None;
         }
 
         pub(crate) fn do_unlocked(&mut self, f: impl FnOnce()) {
@@ -213,14 +226,48 @@ pub mod lock {
         type Target = T;
 
         fn deref(&self) -> &T {
-            self.inner.as_ref().unwrap()
+            // SAFETY: The mutex is held, but in `do_unlocked()`, which borrows mutably.
+            unsafe { &*self.lock.data.get() }
         }
     }
 
     impl<T, B> DerefMut for Guard<'_, T, B> {
         fn deref_mut(&mut self) -> &mut T {
-            self.inner.as_mut().unwrap()
+            // SAFETY: As above, and `self` is borrowed mutably.
+            unsafe { &mut *self.lock.data.get() }
         }
+    }
+}
+
+/// Data that the lock of something else protects. loom sees each access.
+pub struct LockedBy<T, U> {
+    owner: *const U,
+    data: loom::cell::UnsafeCell<T>,
+}
+
+// SAFETY: The pointer is only compared with others.
+unsafe impl<T: Send, U> Send for LockedBy<T, U> {}
+// SAFETY: Only who has a reference to the owner can get one to the data, of the same kind.
+unsafe impl<T: Send + Sync, U> Sync for LockedBy<T, U> {}
+
+impl<T, U> LockedBy<T, U> {
+    pub fn new(owner: &SpinLock<U>, data: T) -> Self {
+        Self {
+            owner: owner.data(),
+            data: loom::cell::UnsafeCell::new(data),
+        }
+    }
+
+    pub fn access<'a>(&'a self, owner: &'a U) -> &'a T {
+        assert!(core::ptr::eq(owner, self.owner), "mismatched owners");
+        // SAFETY: There is one owner, and nobody has a mutable reference to it.
+        self.data.with(|data| unsafe { &*data })
+    }
+
+    pub fn access_mut<'a>(&'a self, owner: &'a mut U) -> &'a mut T {
+        assert!(core::ptr::eq(owner, self.owner), "mismatched owners");
+        // SAFETY: There is one owner, and nobody else has a reference to it.
+        self.data.with_mut(|data| unsafe { &mut *data })
     }
 }
 

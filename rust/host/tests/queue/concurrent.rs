@@ -63,7 +63,7 @@ impl Shared {
     fn live(&self, mr: usize) -> Registration<Watch> {
         let watch = self.watch(mr);
 
-        watch.object().go_live();
+        watch.object().as_arc_borrow().go_live();
         watch
     }
 
@@ -407,7 +407,7 @@ fn registration(fails: bool) {
             assert_eq!(shared.drain(), []);
             return (pinned, 0);
         }
-        watch.object().go_live();
+        watch.object().as_arc_borrow().go_live();
         live.store(true, SeqCst);
         unmap.join().unwrap();
 
@@ -473,7 +473,7 @@ fn close_and_detach() {
         let queue = Queue::new(&mm).unwrap();
         let watch = Watch::new(queue.as_arc_borrow(), &mm, MRS[0].clone(), 0).unwrap();
 
-        watch.object().go_live();
+        watch.object().as_arc_borrow().go_live();
 
         let hit = {
             let mm = mm.clone();

@@ -2,6 +2,9 @@
 
 //! Checks of the files of the kernel themselves, compiled against the shim in `src`.
 
+// As the kernel does.
+#![feature(arbitrary_self_types)]
+
 extern crate kernel as pin_init;
 
 #[rustfmt::skip]

@@ -114,7 +114,7 @@ fn op() -> impl Strategy<Value = Op> {
     let copy = prop_oneof![
         Just(Copy::Succeed),
         (meanwhile(), any::<Index>()).prop_map(|(ops, ready)| Copy::Fault(ops, ready)),
-        (meanwhile(), prop_oneof![Just(EFAULT), Just(ERESTARTSYS)])
+        (meanwhile(), prop_oneof![Just(EFAULT), Just(EINTR)])
             .prop_map(|(ops, error)| Copy::Fail(ops, error)),
     ];
     let read = (
@@ -187,8 +187,8 @@ impl Model {
         queue.generation += 1;
         watch.newest = queue.generation;
         if !queue.pending.contains(&cookie) {
+            queue.wakeups += usize::from(queue.waiting && queue.pending.is_empty());
             queue.pending.push_back(cookie);
-            queue.wakeups += usize::from(queue.waiting);
         }
     }
 
@@ -381,6 +381,7 @@ impl Run {
             .as_ref()
             .unwrap()
             .object()
+            .as_arc_borrow()
             .go_live();
     }
 
