@@ -40,6 +40,12 @@ pub const UNMAPPED: u32 = IB_UVERBS_MMU_NOTIFY_UNMAPPED;
 /// `IB_UVERBS_MMU_NOTIFY_MAYBE_STALE`.
 pub const MAYBE_STALE: u32 = IB_UVERBS_MMU_NOTIFY_MAYBE_STALE;
 
+/// A PD of a new context on [`DEVICE`].
+pub fn open() -> Arc<Pd> {
+    let context = Context::open(DEVICE).expect("open the device");
+    Pd::alloc(&context).expect("allocate a PD")
+}
+
 /// A context with a queue, non-blocking, and its mapped page.
 pub struct Fixture {
     /// On [`DEVICE`].
@@ -61,8 +67,8 @@ impl Default for Fixture {
 impl Fixture {
     /// Opens another context, also when there is one already.
     pub fn new() -> Self {
-        let context = Context::open(DEVICE).expect("open the device");
-        let pd = Pd::alloc(&context).expect("allocate a PD");
+        let pd = open();
+        let context = pd.context().clone();
         let queue = NotifyQueue::alloc(&context).expect("make a queue");
         queue
             .set_nonblocking(true)
@@ -81,31 +87,10 @@ impl Fixture {
         MrArgs::new(map.at(pages.start), pages.len() * PAGE).watched(&self.queue, cookie)
     }
 
-    /// Registers.
-    pub fn try_reg(&self, args: &MrArgs) -> io::Result<Mr> {
-        // SAFETY: The tests register maps, which no reference points into.
-        unsafe { Mr::reg(&self.pd, args) }
-    }
-
-    /// Registers, which must succeed.
-    #[track_caller]
-    pub fn reg(&self, args: &MrArgs) -> Mr {
-        self.try_reg(args)
-            .unwrap_or_else(|e| panic!("registering {args:x?}: {e}"))
-    }
-
-    /// Registers with `ibv_reg_mr`, which must succeed.
-    #[track_caller]
-    pub fn reg_plain(&self, args: &MrArgs) -> PlainMr {
-        // SAFETY: As in `try_reg`.
-        unsafe { PlainMr::reg(&self.pd, args) }
-            .unwrap_or_else(|e| panic!("ibv_reg_mr of {args:x?}: {e}"))
-    }
-
     /// Registers `pages` of `map`, watched.
     #[track_caller]
     pub fn watch(&self, map: Map, pages: Range<usize>, cookie: u64) -> Mr {
-        self.reg(&self.args(map, pages, cookie))
+        reg(&self.pd, &self.args(map, pages, cookie))
     }
 
     /// Watches each of `pages` by itself, with its number as the cookie.
@@ -132,6 +117,25 @@ impl Fixture {
         );
         assert_eq!(self.page.load(), generation, "{what}: generation");
     }
+}
+
+/// Registers.
+pub fn try_reg(pd: &Arc<Pd>, args: &MrArgs) -> io::Result<Mr> {
+    // SAFETY: The tests register maps, which no reference points into.
+    unsafe { Mr::reg(pd, args) }
+}
+
+/// Registers, which must succeed.
+#[track_caller]
+pub fn reg(pd: &Arc<Pd>, args: &MrArgs) -> Mr {
+    try_reg(pd, args).unwrap_or_else(|e| panic!("registering {args:x?}: {e}"))
+}
+
+/// Registers with `ibv_reg_mr`, which must succeed.
+#[track_caller]
+pub fn reg_plain(pd: &Arc<Pd>, args: &MrArgs) -> PlainMr {
+    // SAFETY: As in `try_reg`.
+    unsafe { PlainMr::reg(pd, args) }.unwrap_or_else(|e| panic!("ibv_reg_mr of {args:x?}: {e}"))
 }
 
 /// Reads the queue, non-blocking, until it is empty; in the order of cookies.
@@ -239,12 +243,12 @@ pub struct Peer {
 
 impl Peer {
     /// Connects a pair of queue pairs.
-    pub fn new(fixture: &Fixture) -> Self {
+    pub fn new(pd: &Arc<Pd>) -> Self {
         let source = Map::new(1);
         Self {
-            pair: QpPair::connect(&fixture.pd).expect("connect two queue pairs"),
+            pair: QpPair::connect(pd).expect("connect two queue pairs"),
             source,
-            mr: fixture.reg_plain(&MrArgs::new(source.at(0), PAGE)),
+            mr: reg_plain(pd, &MrArgs::new(source.at(0), PAGE)),
         }
     }
 

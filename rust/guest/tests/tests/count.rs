@@ -107,7 +107,7 @@ fn no_event_after_deregistration() {
 fn plain_region_reports_zero() {
     let fixture = Fixture::new();
     let map = Map::new(1);
-    let mr = fixture.reg(&MrArgs::new(map.at(0), PAGE));
+    let mr = reg(&fixture.pd, &MrArgs::new(map.at(0), PAGE));
     let reported = destroy_handle(&fixture.context, mr.handle(), UNWRITTEN);
     std::mem::forget(mr);
     assert_eq!(reported, 0, "events reported");

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What a forked child, which shares the open files, can do.
 
-use rustix::io::Errno;
 use std::io;
 use uverbs_mmu_notify::{Event, MrArgs, NotifyQueue};
 use uverbs_mmu_notify_tests::*;
@@ -35,10 +34,14 @@ fn child_cannot_register() {
     let map = Map::new(1);
     let args = fixture.args(map, 0..1, 7);
     let before = fixture.page.load();
-    assert_eq!(in_child(|| code(fixture.try_reg(&args))), EPERM, "REG_MR");
+    assert_eq!(
+        in_child(|| code(try_reg(&fixture.pd, &args))),
+        EPERM,
+        "REG_MR"
+    );
 
     fixture.expect_quiet_since(before, "a child's registration");
-    let _mr = fixture.reg(&args);
+    let _mr = reg(&fixture.pd, &args);
     map.unmap(0..1);
     fixture.expect(&[Record::new(map, 0..1, 7, before + 1, UNMAPPED)]);
 }
@@ -54,7 +57,7 @@ fn child_has_its_own_queue() {
         let queue = NotifyQueue::alloc(&fixture.context).expect("make a queue");
         queue.set_nonblocking(true).expect("make it non-blocking");
         let args = MrArgs::new(map.at(0), PAGE).watched(&queue, 2);
-        let _mr = fixture.reg(&args);
+        let _mr = reg(&fixture.pd, &args);
         map.unmap(0..1);
         expect_records(&queue, &[Record::new(map, 0..1, 2, 1, UNMAPPED)]);
         0

@@ -325,7 +325,7 @@ fn many_queues() {
     let mrs: Vec<_> = (0..64)
         .map(|n| {
             let args = MrArgs::new(map.at(n % 8), PAGE).watched(&queues[n / 8], n as u64);
-            fixture.reg(&args)
+            reg(&fixture.pd, &args)
         })
         .collect();
     map.unmap(0..4);

@@ -6,6 +6,7 @@ use rustix::{
     mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap, mprotect, mremap, munmap},
 };
 use std::{ffi::c_void, io, ptr};
+use uverbs_mmu_notify::MrArgs;
 use uverbs_mmu_notify_tests::*;
 
 /// mmap()s the queue; what it gives is unmapped at once.
@@ -130,9 +131,8 @@ fn not_mapped() {
     } = Fixture::new();
     drop(page);
     let map = Map::new(1);
-    let args = uverbs_mmu_notify::MrArgs::new(map.at(0), PAGE).watched(&queue, 7);
-    // SAFETY: No reference points into a map.
-    let _mr = unsafe { uverbs_mmu_notify::Mr::reg(&pd, &args) }.expect("register");
+    let args = MrArgs::new(map.at(0), PAGE).watched(&queue, 7);
+    let _mr = reg(&pd, &args);
     map.unmap(0..1);
     expect_records(&queue, &[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
 }

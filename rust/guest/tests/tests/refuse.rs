@@ -21,7 +21,7 @@ fn fixture() -> (Fixture, Map, MrArgs) {
 #[track_caller]
 fn refused(fixture: &Fixture, args: &MrArgs, errno: Errno, what: &str) {
     let before = fixture.page.load();
-    expect_errno(fixture.try_reg(args), errno, what);
+    expect_errno(try_reg(&fixture.pd, args), errno, what);
     fixture.expect_quiet_since(before, what);
 }
 
@@ -137,7 +137,7 @@ fn on_demand_paging() {
         access,
         ..MrArgs::new(map.at(0), PAGE)
     };
-    drop(fixture.reg(&plain));
+    drop(reg(&fixture.pd, &plain));
     refused(
         &fixture,
         &MrArgs { access, ..args },
@@ -333,15 +333,15 @@ fn refusals_do_no_harm() {
         map.unmap(pages.clone());
         fixture.expect(&[Record::new(map, pages, 7, before + 1, UNMAPPED)]);
     };
-    let _mr = fixture.reg(&args);
+    let _mr = reg(&fixture.pd, &args);
     for _ in 0..50 {
         expect_errno(
-            fixture.try_reg(&MrArgs { length: 0, ..args }),
+            try_reg(&fixture.pd, &MrArgs { length: 0, ..args }),
             Errno::INVAL,
             "length 0",
         );
         expect_errno(
-            fixture.try_reg(&MrArgs { addr: 0, ..args }),
+            try_reg(&fixture.pd, &MrArgs { addr: 0, ..args }),
             Errno::FAULT,
             "address 0",
         );

@@ -72,7 +72,7 @@ fn hull_is_clipped_within_a_page() {
         length: end - start,
         ..fixture.args(map, 0..3, 7)
     };
-    let _mr = fixture.reg(&args);
+    let _mr = reg(&fixture.pd, &args);
     let before = fixture.page.load();
     let record = |range, generation| Record {
         cookie: 7,
@@ -244,7 +244,7 @@ fn two_queues_of_one_context() {
     let _first = fixture.watch(map, 0..1, 1);
     let before = fixture.page.load();
     let args = MrArgs::new(map.at(1), PAGE).watched(&other, 2);
-    let _second = fixture.reg(&args);
+    let _second = reg(&fixture.pd, &args);
 
     map.unmap(1..2);
     fixture.expect_quiet_since(before, "a hit of the other queue");

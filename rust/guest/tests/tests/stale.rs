@@ -22,7 +22,7 @@ fn expect_rdma(peer: &Peer, map: Map, mr: &Mr, reaches: bool) {
 #[track_caller]
 fn becomes_stale(change: impl FnOnce(Map), reasons: u32) {
     let fixture = Fixture::new();
-    let peer = Peer::new(&fixture);
+    let peer = Peer::new(&fixture.pd);
     let map = Map::new(1);
     let mr = fixture.watch(map, 0..1, 7);
     let before = fixture.page.load();
@@ -66,7 +66,7 @@ fn given_up() {
 #[track_caller]
 fn stays_fresh(change: impl FnOnce(Map)) {
     let fixture = Fixture::new();
-    let peer = Peer::new(&fixture);
+    let peer = Peer::new(&fixture.pd);
     let map = Map::new(2);
     let mr = fixture.watch(map, 0..2, 7);
     let before = fixture.page.load();
@@ -113,14 +113,14 @@ fn born_stale(map: Map, access: u32) {
         access,
         ..fixture.args(map, 0..2, 7)
     };
-    let mut mr = fixture.reg(&args);
+    let mut mr = reg(&fixture.pd, &args);
     assert_eq!(
         fixture.page.load(),
         before + 1,
         "the generation at the return"
     );
     fixture.expect(&[Record::new(map, 0..2, 7, before + 1, MAYBE_STALE)]);
-    let _again = fixture.reg(&args);
+    let _again = reg(&fixture.pd, &args);
     fixture.expect_quiet_since(before + 1, "the second registration");
     assert_eq!(mr.destroy().unwrap(), 1, "events reported");
 }
@@ -176,7 +176,7 @@ fn ordinary_memory_is_not_born_stale() {
                 access,
                 ..fixture.args(map, 0..2, 7)
             };
-            let _mr = fixture.reg(&args);
+            let _mr = reg(&fixture.pd, &args);
             fixture.expect_quiet_since(before, &format!("registering, access {access:#x}"));
         }
     }

@@ -36,7 +36,7 @@ fn blocking(pages: Range<usize>) -> (Fixture, Arc<NotifyQueue>, Map, Mr) {
     let queue = Arc::new(NotifyQueue::alloc(&fixture.context).unwrap());
     let map = Map::new(pages.len());
     let args = fixture.args(map, pages, 7).watched(&queue, 7);
-    let mr = fixture.reg(&args);
+    let mr = reg(&fixture.pd, &args);
     (fixture, queue, map, mr)
 }
 
@@ -97,7 +97,8 @@ fn several_readers_are_woken() {
     let map = Map::new(3);
     let _mrs: Vec<_> = (0..3)
         .map(|page| {
-            fixture.reg(
+            reg(
+                &fixture.pd,
                 &fixture
                     .args(map, page..page + 1, 0)
                     .watched(&queue, page as u64),
