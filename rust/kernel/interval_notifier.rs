@@ -246,6 +246,7 @@ macro_rules! impl_has_interval_notifier {
         }
     };
 }
+#[doc(inline)]
 pub use impl_has_interval_notifier;
 
 /// What an object does when the mapping of its range changes.
@@ -275,7 +276,8 @@ pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static 
 /// takes; lockdep knows of the former only. Dropping it after the address space has been torn down
 /// is fine: until then the registration keeps the `mm_struct` (but not the mappings) alive.
 ///
-/// Forgetting it leaks the object and the `mm_struct`, which is safe.
+/// Forgetting it leaks the object and the `mm_struct`, neither of which can dangle then. A module
+/// that did so must not be unloaded while the address space is there.
 ///
 /// # Invariants
 ///
@@ -307,20 +309,21 @@ impl<T: IntervalNotifierCallback> Registration<T> {
     /// [module]: crate::mm::interval_notifier
     pub fn insert(object: Pin<UniqueArc<T>>, mm: &MmWithUser, range: Range<usize>) -> Result<Self> {
         let inner = Arc::from(object);
+        let ops: &'static bindings::mmu_interval_notifier_ops = &Self::OPS;
 
         // SAFETY:
         // - `inner` is a valid object, and the notifier in it is pinned because an `Arc` is.
         // - It is not in a tree: this object was in a `UniqueArc`, and a `Registration` owns an
         //   `Arc` to an object in a tree.
         // - `mm_users` is not zero by the type invariants of `MmWithUser`.
-        // - `OPS` is static, and `invalidate()` expects a notifier in a `T`.
+        // - `ops` is static, and `invalidate()` expects a notifier in a `T`.
         to_result(unsafe {
             bindings::mmu_interval_notifier_insert(
                 Self::raw_notifier(&inner),
                 mm.as_raw(),
                 range.start,
                 range.end.saturating_sub(range.start),
-                &Self::OPS,
+                ops,
             )
         })?;
 
@@ -455,6 +458,8 @@ pub fn prepare(mm: &MmWithUser) -> Result {
         fn invalidate(_: ArcBorrow<'_, Self>, _: &Invalidation) {}
     }
 
+    // `mmu_notifier_register(NULL, mm)` would do, but takes `mm_take_all_locks()` each time; an
+    // insertion does so only if there is no tree yet.
     let object = UniqueArc::pin_init(
         pin_init!(Nothing {
             notifier <- IntervalNotifier::new(),

@@ -81,12 +81,17 @@ unsafe impl AsBytes for Record {}
 
 impl Buffer for UserSliceWriter {
     fn copy(&mut self, records: &[Record]) -> Result {
+        // New records may come for as long as this goes on.
+        if current!().fatal_signal_pending() {
+            return Err(EINTR);
+        }
         self.write_slice_nofault(records.as_bytes())
     }
 
     fn make_ready(&mut self, count: usize) -> Result<usize> {
-        if current!().signal_pending() {
-            return Err(ERESTARTSYS);
+        // No other signal: it would end the call with a short count, which means something else.
+        if current!().fatal_signal_pending() {
+            return Err(EINTR);
         }
         match self.fault_in(count * size_of::<Record>()) / size_of::<Record>() {
             0 => Err(EFAULT),
@@ -193,8 +198,8 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_poll(
 ) -> bindings::__poll_t {
     // SAFETY: The caller owns a reference during this call.
     let queue = unsafe { borrow_queue(queue) };
-    // SAFETY: The caller promises that the file is valid. It is being polled, so that no
-    // `fdget_pos()` of this task on it is active.
+    // SAFETY: The caller promises that the file is valid. It is being polled, so that this task
+    // has no active `fdget_pos()` on it that did not take `f_pos_lock`.
     let file = unsafe { File::from_raw_file(file) };
     // SAFETY: The caller promises that the table is null or valid.
     let table = unsafe { PollTable::from_raw(wait) };
@@ -242,7 +247,7 @@ pub unsafe extern "C" fn ib_uverbs_mmu_watch_start(
 
 /// # Safety
 ///
-/// `watch` must come from [`ib_uverbs_mmu_watch_start`], and not be stopped yet.
+/// `watch` must come from [`ib_uverbs_mmu_watch_start`], and not be stopped before the return.
 #[export]
 pub unsafe extern "C" fn ib_uverbs_mmu_watch_go_live(watch: *mut bindings::ib_uverbs_mmu_watch) {
     // SAFETY: The pointer comes from `into_foreign()`, and the caller promises that the

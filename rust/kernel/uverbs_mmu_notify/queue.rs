@@ -4,16 +4,16 @@
 //!
 //! # Locks
 //!
-//! The lock of a [`Queue`] also protects the [`Entry`] of each of its watches. It is a leaf: the
-//! callback of the notifier takes it in the context of whoever changes a mapping. Nothing that
-//! sleeps, allocates, frees or takes another lock happens under it, and waiters are woken after it
-//! has been released.
+//! The lock of a [`Queue`] also protects the state of each of its watches. The callback of the
+//! notifier takes it, in the context of whoever changes a mapping. Nothing that sleeps, allocates
+//! or frees happens under it, and the only lock that is taken under it is the one of the wait
+//! queue, by a reader that goes to sleep. Waiters are woken after it has been released.
 //!
 //! # References
 //!
-//! A watch owns a reference to its queue. The queue owns one to a watch only while a record of it
-//! waits to be delivered; at other times the watch keeps that reference, its [`ListArc`], in its
-//! own entry. [`detach`] takes it away from either.
+//! A watch owns a reference to its queue. The queue owns one to a watch while a record of it waits
+//! to be delivered, that is, while it is in the list. The watch lives longer than that: its
+//! [`Registration`] owns another, which [`detach`] keeps until the watch is out of the list.
 
 use super::state::{
     Reason,
@@ -21,7 +21,6 @@ use super::state::{
     State, //
 };
 use core::{
-    cell::UnsafeCell,
     mem::offset_of,
     ops::Range,
     ptr, //
@@ -74,6 +73,7 @@ use kernel::{
         },
         Arc,
         ArcBorrow,
+        LockedBy,
         SpinLock,
         UniqueArc, //
     }, //
@@ -119,13 +119,13 @@ struct Inner {
 }
 
 /// The record that one MR's range is observed.
-#[repr(C)]
 #[pin_data]
 pub(crate) struct Watch {
     #[pin]
     notifier: IntervalNotifier<Self>,
     queue: Arc<Queue>,
-    entry: UnsafeCell<Entry>,
+    state: LockedBy<State, Inner>,
+    /// Only ever in `pending` of `queue`.
     #[pin]
     links: ListLinks,
     #[pin]
@@ -134,20 +134,6 @@ pub(crate) struct Watch {
 
 // With the reference count of its `Arc` a watch fits in kmalloc-192.
 const _: () = assert!(size_of::<Watch>() <= 192 - size_of::<usize>());
-
-/// The part of a watch that the lock of its queue protects.
-struct Entry {
-    /// The reference to put into the queue, or `None` while it is there.
-    idle: Option<ListArc<Watch>>,
-    state: State,
-}
-
-// SAFETY: The fields other than `entry` may be sent to another thread, and so may what it holds: a
-// reference to a `Watch`, for which this promise is made here, and plain data.
-unsafe impl Send for Watch {}
-// SAFETY: The fields other than `entry` may be shared, and `entry` is accessed only by methods of
-// `Locked`, that is, under the lock of the queue.
-unsafe impl Sync for Watch {}
 
 impl_list_arc_safe! {
     impl ListArcSafe<0> for Watch { tracked_by tracker: AtomicTracker; }
@@ -161,114 +147,29 @@ impl_has_interval_notifier! {
     impl HasIntervalNotifier for Watch { self.notifier }
 }
 
-/// A queue whose lock is held.
-///
-/// # Invariants
-///
-/// `inner` is a guard of the lock of `queue`.
-struct Locked<'a> {
-    queue: &'a Queue,
-    inner: Guard<'a, Inner, SpinLockBackend>,
-}
-
-impl Locked<'_> {
-    /// Returns the entry of a watch of this queue. Panics if it belongs to another queue.
-    ///
-    /// Like [`LockedBy`](kernel::sync::LockedBy), which would need one more word in each watch to
-    /// know its owner.
-    fn entry<'a>(&'a self, watch: &'a Watch) -> &'a Entry {
-        assert!(ptr::eq(self.queue, &*watch.queue));
-
-        // SAFETY: The queue of a watch never changes. Its lock is held by the type invariants, so
-        // that there is no other `Locked` for it, and this one is borrowed for as long as the
-        // result is, so that nobody has a mutable reference.
-        unsafe { &*watch.entry.get() }
-    }
-
-    /// Like [`Self::entry`], to change it.
-    fn entry_mut<'a>(&'a mut self, watch: &'a Watch) -> &'a mut Entry {
-        assert!(ptr::eq(self.queue, &*watch.queue));
-
-        // SAFETY: The queue of a watch never changes. Its lock is held by the type invariants, so
-        // that there is no other `Locked` for it, and this one is borrowed mutably for as long as
-        // the result is, so that nobody has another reference.
-        unsafe { &mut *watch.entry.get() }
-    }
-
-    /// Lets a watch keep the reference to itself.
-    fn set_idle(&mut self, watch: ListArc<Watch>) {
-        let entry: *mut Entry = self.entry_mut(&watch);
-
-        // SAFETY: `entry_mut()` has shown that this is the entry of a watch of this queue, which is
-        // still borrowed mutably. It is a part of the object that `watch` points at, and that does
-        // not move with the pointer.
-        unsafe { (*entry).idle = Some(watch) };
-    }
-
+impl Inner {
     /// The generation of the next hit.
     fn next_generation(&self) -> u64 {
-        self.inner.generation + 1
-    }
-
-    /// Makes the next generation visible to userspace.
-    fn bump(&mut self) {
-        let generation = self.next_generation();
-
-        self.inner.generation = generation;
-        // Release: whoever loads this value with acquire order, and then reads the FD, finds all
-        // that was queued before.
-        self.queue.page.generation.store(generation, Release);
-    }
-
-    /// Queues a watch that was hit unless it is queued already, and bumps the counter.
-    fn report(mut self, watch: &Watch) {
-        let idle = self.entry_mut(watch).idle.take();
-        let wake = idle.is_some() && (self.inner.sleepers != 0 || self.inner.polled);
-        let queue = self.queue;
-
-        if let Some(watch) = idle {
-            self.inner.pending.push_back(watch);
-        }
-        self.bump();
-        drop(self);
-
-        if wake {
-            queue.readers.notify_all();
-        }
+        self.generation + 1
     }
 
     /// Fills `batch` with the oldest records and returns how many there are. They stay queued.
     fn peek(&self, batch: &mut [Record]) -> usize {
         batch
             .iter_mut()
-            .zip(self.inner.pending.iter())
-            .map(|(record, watch)| *record = self.entry(&watch).state.record())
+            .zip(self.pending.iter())
+            .map(|(record, watch)| *record = watch.state.access(self).record())
             .count()
     }
 
     /// Removes the oldest `count` records, which have been delivered.
     fn pop(&mut self, count: usize) {
         for _ in 0..count {
-            if let Some(watch) = self.inner.pending.pop_front() {
-                self.entry_mut(&watch).state.delivered();
-                self.set_idle(watch);
+            // Dropped here, under the lock: the next hit must be able to queue the watch again.
+            // It is not the last reference, see the top of this file.
+            if let Some(watch) = self.pending.pop_front() {
+                watch.state.access_mut(self).delivered();
             }
-        }
-    }
-
-    /// Sleeps until there is something to read. The lock is released meanwhile.
-    ///
-    /// Returns early without error now and then, and with `ERESTARTSYS` if a signal is pending and
-    /// there is still nothing.
-    fn wait(&mut self) -> Result {
-        self.inner.sleepers += 1;
-        let signal = self.queue.readers.wait_interruptible(&mut self.inner);
-        self.inner.sleepers -= 1;
-
-        if signal && self.inner.pending.is_empty() && !self.inner.closed {
-            Err(ERESTARTSYS)
-        } else {
-            Ok(())
         }
     }
 }
@@ -283,7 +184,7 @@ pub(crate) trait Buffer {
     /// Does what can be done, after `copy` has failed, to let it succeed. May sleep.
     ///
     /// Returns how many of the next `count` records may be copied now, at least one. Fails with
-    /// `EFAULT` if none may, and with `ERESTARTSYS` if a signal is pending.
+    /// `EFAULT` if none may, and with `EINTR` if the task is being killed.
     fn make_ready(&mut self, count: usize) -> Result<usize>;
 }
 
@@ -329,11 +230,44 @@ impl Queue {
         ptr::eq(mm, &*self.mm)
     }
 
-    fn lock(&self) -> Locked<'_> {
-        // INVARIANT: This is the lock of `self`.
-        Locked {
-            queue: self,
-            inner: self.inner.lock(),
+    /// Makes the next generation visible to userspace.
+    fn bump(&self, inner: &mut Inner) {
+        inner.generation = inner.next_generation();
+        // Release: whoever loads this value with acquire order, and then reads the FD, finds all
+        // that was queued before.
+        self.page.generation.store(inner.generation, Release);
+    }
+
+    /// Queues a watch that was hit, unless it is queued already, bumps the counter, and unlocks.
+    fn report(&self, mut inner: Guard<'_, Inner, SpinLockBackend>, watch: ArcBorrow<'_, Watch>) {
+        // Whoever waits does so for an empty queue to become another.
+        let wake = inner.pending.is_empty() && (inner.sleepers != 0 || inner.polled);
+
+        // There is no `ListArc` to be had of a watch that is in the list.
+        if let Some(watch) = ListArc::try_from_arc_borrow(watch) {
+            inner.pending.push_back(watch);
+        }
+        self.bump(&mut inner);
+        drop(inner);
+
+        if wake {
+            self.readers.notify_all();
+        }
+    }
+
+    /// Sleeps until there is something to read. The lock is released meanwhile.
+    ///
+    /// Returns early without error now and then, and with `ERESTARTSYS` if a signal is pending and
+    /// there is still nothing.
+    fn wait(&self, inner: &mut Guard<'_, Inner, SpinLockBackend>) -> Result {
+        inner.sleepers += 1;
+        let signal = self.readers.wait_interruptible(inner);
+        inner.sleepers -= 1;
+
+        if signal && inner.pending.is_empty() && !inner.closed {
+            Err(ERESTARTSYS)
+        } else {
+            Ok(())
         }
     }
 
@@ -354,13 +288,13 @@ impl Queue {
         let mut done = 0;
 
         while done < max {
-            let mut queue = self.lock();
+            let mut inner = self.inner.lock();
 
-            if queue.inner.closed {
+            if inner.closed {
                 return if done == 0 { Err(EIO) } else { Ok(done) };
             }
 
-            let count = queue.peek(&mut batch[..ready.min(max - done)]);
+            let count = inner.peek(&mut batch[..ready.min(max - done)]);
             if count == 0 {
                 if done != 0 {
                     break;
@@ -368,19 +302,19 @@ impl Queue {
                 if nonblock {
                     return Err(EAGAIN);
                 }
-                queue.wait()?;
+                self.wait(&mut inner)?;
                 continue;
             }
 
             // Delivery and count are one step: after a deregistration has returned the count,
             // nothing more is copied out.
             if buffer.copy(&batch[..count]).is_ok() {
-                queue.pop(count);
+                inner.pop(count);
                 done += count;
                 ready = BATCH;
                 continue;
             }
-            drop(queue);
+            drop(inner);
 
             ready = match buffer.make_ready(count) {
                 Ok(ready) => ready,
@@ -399,11 +333,11 @@ impl Queue {
         // Before the test below, so that nothing falls in between.
         table.register_wait(file, &self.readers);
 
-        let mut queue = self.lock();
-        queue.inner.polled = true;
-        if queue.inner.closed {
+        let mut inner = self.inner.lock();
+        inner.polled = true;
+        if inner.closed {
             bindings::POLLERR
-        } else if queue.inner.pending.is_empty() {
+        } else if inner.pending.is_empty() {
             0
         } else {
             bindings::POLLIN | bindings::POLLRDNORM
@@ -415,13 +349,13 @@ impl Queue {
     /// What waits to be delivered is not delivered, nor counted, any more. Watches stay until they
     /// are detached, but report nothing. Process context.
     pub(crate) fn close(&self) {
-        let mut queue = self.lock();
-        if queue.inner.closed {
+        let mut inner = self.inner.lock();
+        if inner.closed {
             return;
         }
-        queue.inner.closed = true;
-        queue.bump();
-        drop(queue);
+        inner.closed = true;
+        self.bump(&mut inner);
+        drop(inner);
 
         self.readers.notify_all();
     }
@@ -449,16 +383,17 @@ impl Watch {
         if range.is_empty() {
             return Err(EINVAL);
         }
+        // Closed later on, the watch is of no use, but does no harm.
+        if queue.inner.lock().closed {
+            return Err(EIO);
+        }
 
         let pages = range.start & PAGE_MASK..page_align(range.end).ok_or(EINVAL)?;
         let watch = UniqueArc::pin_init(
             pin_init!(Self {
                 notifier <- IntervalNotifier::new(),
+                state: LockedBy::new(&queue.inner, State::new(range, cookie)),
                 queue: queue.into(),
-                entry: UnsafeCell::new(Entry {
-                    idle: None,
-                    state: State::new(range, cookie),
-                }),
                 links <- ListLinks::new(),
                 tracker <- AtomicTracker::new(),
             }),
@@ -466,16 +401,6 @@ impl Watch {
         )?;
 
         let registration = Registration::insert(watch, mm, pages)?;
-        // Nobody else has made one of the new object; while it is not live nobody looks for it.
-        let idle = ListArc::try_from_arc(registration.object().clone()).map_err(|_| EBUSY)?;
-
-        let mut locked = queue.lock();
-        if locked.inner.closed {
-            return Err(EIO);
-        }
-        locked.set_idle(idle);
-        drop(locked);
-
         registration.wait_for_in_flight();
         Ok(registration)
     }
@@ -483,12 +408,12 @@ impl Watch {
     /// Starts to report, beginning with what has been hit since [`Watch::new`]. Cannot fail.
     ///
     /// Any context that may take a spinlock.
-    pub(crate) fn go_live(&self) {
-        let mut queue = self.queue.lock();
-        let generation = queue.next_generation();
+    pub(crate) fn go_live(self: ArcBorrow<'_, Self>) {
+        let mut inner = self.queue.inner.lock();
+        let generation = inner.next_generation();
 
-        if queue.entry_mut(self).state.go_live(generation) && !queue.inner.closed {
-            queue.report(self);
+        if self.state.access_mut(&mut inner).go_live(generation) && !inner.closed {
+            self.queue.report(inner, self);
         }
     }
 }
@@ -499,12 +424,12 @@ impl IntervalNotifierCallback for Watch {
             return;
         };
 
-        let mut queue = this.queue.lock();
-        let generation = queue.next_generation();
-        let state = &mut queue.entry_mut(&this).state;
+        let mut inner = this.queue.inner.lock();
+        let generation = inner.next_generation();
+        let state = this.state.access_mut(&mut inner);
 
-        if state.hit(invalidation.range(), reason, generation) && !queue.inner.closed {
-            queue.report(&this);
+        if state.hit(invalidation.range(), reason, generation) && !inner.closed {
+            this.queue.report(inner, this);
         }
     }
 }
@@ -518,17 +443,14 @@ pub(crate) fn detach(registration: Registration<Watch>) -> u32 {
     // The callback has to end first: it would queue the watch again.
     let watch = registration.remove();
 
-    let mut queue = watch.queue.lock();
-    let reference = match queue.entry_mut(&watch).idle.take() {
-        // SAFETY: A watch is put into a list in one place, `Locked::report()`, and that is the
-        // list of its queue, which never changes.
-        None => unsafe { queue.inner.pending.remove(&watch) },
-        idle => idle,
-    };
-    let delivered = queue.entry_mut(&watch).state.detach();
-    drop(queue);
+    let mut inner = watch.queue.inner.lock();
+    // SAFETY: `links` is only ever in the list of the queue of the watch, which never changes: that
+    // list is the only one of its type, it is not moved, and `Queue::report()`, which puts watches
+    // into it, is called on the queue of the watch.
+    let queued = unsafe { inner.pending.remove(&watch) };
+    let count = watch.state.access_mut(&mut inner).count();
+    drop(inner);
 
-    // Not under the lock: it may be the last reference but one.
-    drop(reference);
-    delivered
+    drop(queued);
+    count
 }

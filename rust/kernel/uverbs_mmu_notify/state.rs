@@ -30,12 +30,14 @@ pub(crate) enum Reason {
 }
 
 impl Reason {
-    /// Returns the reason to report `event` for, or `None` if pinned pages stay mapped through it.
+    /// Returns the reason to report `event` for, or `None` if the process will go on to see the
+    /// pages that are pinned.
     ///
     /// Changes of protection and soft-dirty tracking leave the pages where they are: a pinned
     /// anonymous page is exclusive and is not replaced on write, and a long-term pin has broken
-    /// copy-on-write before. Migration to a device, and exclusive access by one, fail for pinned
-    /// pages. An event that is not known here is reported.
+    /// copy-on-write before. Migration to a device fails for pinned pages, and a page that a device
+    /// has exclusive access to is the one that comes back. An event that is not known here is
+    /// reported.
     pub(crate) fn of(event: MmEvent) -> Option<Self> {
         match event {
             MmEvent::PROTECTION_VMA
@@ -48,17 +50,6 @@ impl Reason {
             _ => Some(Self::MaybeStale),
         }
     }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum Phase {
-    /// The driver is pinning the pages: hits are remembered, not reported.
-    Registering,
-    /// Hits are reported.
-    Live,
-    /// Hits are ignored.
-    Detached,
 }
 
 /// The state of one watch.
@@ -75,7 +66,8 @@ pub(crate) struct State {
     cookie: u64,
     delivered: u32,
     reasons: u8,
-    phase: Phase,
+    /// The registration is complete: hits are reported. Before that they are remembered.
+    live: bool,
 }
 
 impl State {
@@ -91,7 +83,7 @@ impl State {
             cookie,
             delivered: 0,
             reasons: 0,
-            phase: Phase::Registering,
+            live: false,
         }
     }
 
@@ -103,7 +95,7 @@ impl State {
         let start = (hit.start & PAGE_MASK).max(self.range.start);
         let end = (hit.end.saturating_add(!PAGE_MASK) & PAGE_MASK).min(self.range.end);
 
-        if start >= end || self.phase == Phase::Detached {
+        if start >= end {
             return false;
         }
 
@@ -115,12 +107,12 @@ impl State {
         };
         self.reasons |= reason as u8;
         self.generation = generation;
-        self.phase == Phase::Live
+        self.live
     }
 
     /// Starts to report hits. Returns whether there was one already, which `generation` is for.
     pub(crate) fn go_live(&mut self, generation: u64) -> bool {
-        self.phase = Phase::Live;
+        self.live = true;
         self.generation = generation;
         self.reasons != 0
     }
@@ -144,9 +136,8 @@ impl State {
         self.reasons = 0;
     }
 
-    /// Stops to report hits. Returns how many records were delivered, modulo 2^32.
-    pub(crate) fn detach(&mut self) -> u32 {
-        self.phase = Phase::Detached;
+    /// Returns how often a record has been delivered, modulo 2^32.
+    pub(crate) fn count(&self) -> u32 {
         self.delivered
     }
 }
