@@ -60,8 +60,9 @@ enum Op {
 struct Read {
     queue: usize,
     max: usize,
-    /// What happens each time the reader goes to sleep, until it gets a signal; or nonblocking.
-    asleep: Option<Vec<Vec<Op>>>,
+    /// What happens each time the reader goes to sleep, and whether it gets a signal then, which it
+    /// does anyhow if nothing wakes it up; or nonblocking.
+    asleep: Option<Vec<(Vec<Op>, bool)>>,
     /// What happens to each copy, until all succeed.
     copies: Vec<Copy>,
 }
@@ -120,7 +121,7 @@ fn op() -> impl Strategy<Value = Op> {
     let read = (
         0..2usize,
         1..50usize,
-        prop::option::of(vec(meanwhile(), 0..3)),
+        prop::option::of(vec((meanwhile(), any::<bool>()), 0..3)),
         vec(copy, 0..4),
     )
         .prop_map(|(queue, max, asleep, copies)| {
@@ -407,7 +408,7 @@ impl Run {
             let queue = read.queue;
 
             check::while_asleep(Some(Rc::new(move || {
-                let ops = asleep.borrow_mut().next().unwrap_or_default();
+                let (ops, signal) = asleep.borrow_mut().next().unwrap_or_default();
                 let polls = |op: &Op| matches!(op, Op::Poll { queue: q, .. } if *q == queue);
                 let (polled, wakeups) = {
                     let model = &mut run.model.borrow_mut().queues[queue];
@@ -421,8 +422,10 @@ impl Run {
                 let model = &mut run.model.borrow_mut().queues[queue];
 
                 model.waiting = polled || ops.iter().any(polls);
-                if model.wakeups == wakeups {
-                    assert!(model.pending.is_empty() && !model.closed);
+                let woken = model.wakeups != wakeups;
+
+                assert!(woken || model.pending.is_empty() && !model.closed);
+                if signal || !woken {
                     interrupted.set(true);
                     check::set_signal_pending(thread::current().id(), true);
                 }
