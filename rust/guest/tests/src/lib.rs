@@ -42,13 +42,17 @@ pub const MAYBE_STALE: u32 = IB_UVERBS_MMU_NOTIFY_MAYBE_STALE;
 
 /// A PD of a new context on [`DEVICE`].
 pub fn open() -> Arc<Pd> {
-    let context = Context::open(DEVICE).expect("open the device");
+    open_device(DEVICE)
+}
+
+fn open_device(name: &str) -> Arc<Pd> {
+    let context = Context::open(name).expect("open the device");
     Pd::alloc(&context).expect("allocate a PD")
 }
 
 /// A context with a queue, non-blocking, and its mapped page.
 pub struct Fixture {
-    /// On [`DEVICE`].
+    /// A new one.
     pub context: Arc<Context>,
     /// Of `context`.
     pub pd: Arc<Pd>,
@@ -65,9 +69,14 @@ impl Default for Fixture {
 }
 
 impl Fixture {
-    /// Opens another context, also when there is one already.
+    /// Opens another context on [`DEVICE`], also when there is one already.
     pub fn new() -> Self {
-        let pd = open();
+        Self::on(DEVICE)
+    }
+
+    /// Opens another context on a device.
+    pub fn on(device: &str) -> Self {
+        let pd = open_device(device);
         let context = pd.context().clone();
         let queue = NotifyQueue::alloc(&context).expect("make a queue");
         queue
