@@ -14,11 +14,15 @@
 //! - G7: what leaves the pages in place is not reported.
 //! - G8: any order of the ends of files, regions and processes is safe.
 
+mod device;
 mod map;
 mod process;
+mod userfault;
 
-pub use map::{Map, PAGE};
-pub use process::{Blocked, Child, Exit, in_child, stop};
+pub use device::{Device, device, expect_no_regions};
+pub use map::{Map, PAGE, memfd};
+pub use process::{Blocked, Child, Exit, in_child, stop, within};
+pub use userfault::Userfault;
 
 use rustix::io::Errno;
 use std::{
@@ -32,17 +36,14 @@ use uverbs_mmu_notify::{
     Request, sys::uapi::*, sys::verbs::ibv_wc_status,
 };
 
-/// The soft-RoCE device of the guest.
-pub const DEVICE: &str = "rxe0";
-
 /// `IB_UVERBS_MMU_NOTIFY_UNMAPPED`.
 pub const UNMAPPED: u32 = IB_UVERBS_MMU_NOTIFY_UNMAPPED;
 /// `IB_UVERBS_MMU_NOTIFY_MAYBE_STALE`.
 pub const MAYBE_STALE: u32 = IB_UVERBS_MMU_NOTIFY_MAYBE_STALE;
 
-/// A PD of a new context on [`DEVICE`].
+/// A PD of a new context on [`device`].
 pub fn open() -> Arc<Pd> {
-    open_device(DEVICE)
+    open_device(&device())
 }
 
 fn open_device(name: &str) -> Arc<Pd> {
@@ -69,9 +70,9 @@ impl Default for Fixture {
 }
 
 impl Fixture {
-    /// Opens another context on [`DEVICE`], also when there is one already.
+    /// Opens another context on [`device`], also when there is one already.
     pub fn new() -> Self {
-        Self::on(DEVICE)
+        Self::on(&device())
     }
 
     /// Opens another context on a device.
@@ -234,11 +235,17 @@ pub fn expect_errno<T>(result: io::Result<T>, errno: Errno, what: &str) {
 /// `unwritten` if the kernel wrote none.
 #[track_caller]
 pub fn destroy_handle(context: &Context, handle: u32, unwritten: u32) -> u32 {
+    destroy_handle_of(context, context.driver_id(), handle, unwritten)
+}
+
+/// As [`destroy_handle`], for the uverbs file of a driver's device.
+#[track_caller]
+pub fn destroy_handle_of(file: impl AsFd, driver: u32, handle: u32, unwritten: u32) -> u32 {
     let mut reported = unwritten;
     Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_MR_DESTROY)
         .object(UVERBS_ATTR_DESTROY_MR_HANDLE, handle.into())
         .output(UVERBS_ATTR_DESTROY_MR_RESP_EVENTS_REPORTED, &mut reported)
-        .call(context, context.driver_id())
+        .call(file, driver)
         .expect("deregister");
     reported
 }

@@ -1,13 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Memory whose mapping the tests change.
 
-use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
-use std::{ffi::c_void, ops::Range, ptr};
+use libc::c_int;
+use rustix::{
+    fs::{MemfdFlags, ftruncate, memfd_create},
+    mm::{Advice, MapFlags, MprotectFlags, ProtFlags},
+};
+use std::{
+    ffi::c_void,
+    io,
+    ops::Range,
+    os::fd::{AsFd, OwnedFd},
+    ptr,
+};
 
 /// The size of a page.
 pub const PAGE: usize = 4096;
 
-/// Private anonymous memory of whole pages. It is accessed by [`Map::load`] and
+/// Memory of whole pages, private and anonymous if not made otherwise. It is accessed by [`Map::load`] and
 /// [`Map::store`] only, so any change of the mapping is sound.
 ///
 /// It is never unmapped by itself: a test decides when the mapping changes, and
@@ -31,8 +41,26 @@ impl Map {
 
     /// Maps `pages` pages that nothing has accessed.
     pub fn untouched(pages: usize) -> Self {
+        Self::anonymous(pages, MapFlags::PRIVATE)
+    }
+
+    /// Maps `pages` anonymous pages.
+    pub fn anonymous(pages: usize, flags: MapFlags) -> Self {
         // SAFETY: A new mapping, at an address of the kernel's choice.
-        let addr = unsafe { map(ptr::null_mut(), pages, MapFlags::empty()) };
+        let addr = unsafe { map(ptr::null_mut(), pages, flags) };
+        Self::existing(addr)
+    }
+
+    /// Maps the first `pages` pages of a file.
+    pub fn of_file(file: impl AsFd, pages: usize, flags: MapFlags) -> Self {
+        let (addr, protection) = (ptr::null_mut(), ProtFlags::READ | ProtFlags::WRITE);
+        // SAFETY: A new mapping, at an address of the kernel's choice.
+        let addr = unsafe { rustix::mm::mmap(addr, pages * PAGE, protection, flags, file, 0) };
+        Self::existing(addr.expect("mmap of a file"))
+    }
+
+    /// What is mapped at `addr`, by other calls.
+    pub fn existing(addr: *mut c_void) -> Self {
         Self {
             addr: addr.expose_provenance(),
         }
@@ -63,8 +91,13 @@ impl Map {
 
     /// Maps new memory at pages, over what is there.
     pub fn map_over(self, pages: Range<usize>) {
+        self.map_over_with(pages, MapFlags::PRIVATE);
+    }
+
+    /// Maps new anonymous memory of another kind at pages.
+    pub fn map_over_with(self, pages: Range<usize>, flags: MapFlags) {
         // SAFETY: As in `unmap`.
-        unsafe { map(self.void(pages.start), pages.len(), MapFlags::FIXED) };
+        unsafe { map(self.void(pages.start), pages.len(), flags | MapFlags::FIXED) };
     }
 
     /// MADV_DONTNEEDs pages.
@@ -74,6 +107,16 @@ impl Map {
         unsafe { rustix::mm::madvise(addr, len, Advice::LinuxDontNeed) }.expect("madvise");
     }
 
+    /// Gives `advice`, `MADV_*`, about pages.
+    pub fn advise(self, pages: Range<usize>, advice: c_int) -> io::Result<()> {
+        let (addr, len) = (self.void(pages.start), pages.len() * PAGE);
+        // SAFETY: As in `unmap`.
+        match unsafe { libc::madvise(addr, len, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// mprotect()s pages.
     pub fn protect(self, pages: Range<usize>, protection: MprotectFlags) {
         let (addr, len) = (self.void(pages.start), pages.len() * PAGE);
@@ -81,7 +124,8 @@ impl Map {
         unsafe { rustix::mm::mprotect(addr, len, protection) }.expect("mprotect");
     }
 
-    fn void(self, page: usize) -> *mut c_void {
+    /// [`Map::at`], of another type.
+    pub fn void(self, page: usize) -> *mut c_void {
         self.at(page).cast()
     }
 }
@@ -91,7 +135,13 @@ impl Map {
 /// As mmap().
 unsafe fn map(addr: *mut c_void, pages: usize, flags: MapFlags) -> *mut c_void {
     let protection = ProtFlags::READ | ProtFlags::WRITE;
-    let flags = MapFlags::PRIVATE | flags;
     // SAFETY: Up to the caller.
     unsafe { rustix::mm::mmap_anonymous(addr, pages * PAGE, protection, flags) }.expect("mmap")
+}
+
+/// A new file in memory, of `pages` pages.
+pub fn memfd(pages: usize, flags: MemfdFlags) -> OwnedFd {
+    let file = memfd_create("test", MemfdFlags::CLOEXEC | flags).expect("memfd_create");
+    ftruncate(&file, (pages * PAGE) as u64).expect("ftruncate");
+    file
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Other processes, and threads that wait.
 
+use crate::map::Map;
+use libc::c_int;
 use rustix::{
     process::{
         Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitOptions, WaitStatus, kill_process,
@@ -9,13 +11,34 @@ use rustix::{
     thread::gettid,
 };
 use std::{
-    ffi::c_long,
+    ffi::{c_long, c_void},
     fs,
     os::fd::OwnedFd,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::mpsc,
+    process, ptr,
+    sync::mpsc::{self, RecvTimeoutError},
     thread::{self, JoinHandle},
+    time::Duration,
 };
+
+/// Runs `run`, which must come to an end: it is no matter when, but a test that
+/// hangs is to say what hangs.
+#[track_caller]
+pub fn within<T>(what: &str, run: impl FnOnce() -> T) -> T {
+    let (done, waiting) = mpsc::channel::<()>();
+    let what = format!("{what}, at {}", std::panic::Location::caller());
+    let guard = thread::spawn(move || {
+        let ended = waiting.recv_timeout(Duration::from_secs(90));
+        if ended == Err(RecvTimeoutError::Timeout) {
+            eprintln!("this does not end: {what}");
+            process::abort();
+        }
+    });
+    let result = run();
+    drop(done);
+    guard.join().expect("the guard panicked");
+    result
+}
 
 /// How a process ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -45,6 +68,21 @@ impl Child {
         }
     }
 
+    /// Starts a process that shares this one's memory, but no files.
+    ///
+    /// # Safety
+    ///
+    /// `run` has the thread-local variables of this thread, which goes on
+    /// meanwhile: it may use system calls of rustix, and nothing that panics.
+    pub unsafe fn share(run: extern "C" fn(*mut c_void) -> c_int) -> Self {
+        const PAGES: usize = 16;
+        let stack = Map::new(PAGES).void(PAGES);
+        let flags = libc::CLONE_VM | libc::SIGCHLD;
+        // SAFETY: The stack is nobody else's. The rest is up to the caller.
+        let pid = unsafe { libc::clone(run, stack, flags, ptr::null_mut()) };
+        Self(Pid::from_raw(pid).filter(|_| pid > 0).expect("clone"))
+    }
+
     /// Forks a child that does nothing until it is killed.
     pub fn idle() -> Self {
         Self::fork(|| {
@@ -70,7 +108,25 @@ impl Child {
         self.wait()
     }
 
-    /// Waits until the child has stopped itself, see [`stop`].
+    /// Waits until the child sleeps in one of `calls`.
+    #[track_caller]
+    pub fn wait_asleep(&self, calls: &[c_long]) {
+        let path = format!("/proc/{}/syscall", self.0.as_raw_nonzero());
+        wait_asleep(&path, calls, || {
+            let ended = waitpid(Some(self.0), WaitOptions::NOHANG).expect("waitpid");
+            assert!(ended.is_none(), "the child ended early: {ended:?}");
+        });
+    }
+
+    /// Stops the child.
+    #[track_caller]
+    pub fn stop(&self) {
+        self.signal(Signal::STOP);
+        self.wait_stopped();
+    }
+
+    /// Waits until the child has stopped, by itself with [`stop`] or by
+    /// [`Self::stop`].
     #[track_caller]
     pub fn wait_stopped(&self) {
         let status = self.wait_status(WaitOptions::UNTRACED);
@@ -106,6 +162,21 @@ impl Child {
 
     fn signal(&self, signal: Signal) {
         kill_process(self.0, signal).expect("kill");
+    }
+}
+
+/// Waits until the file, "syscall" of a task, shows one of `calls`.
+#[track_caller]
+fn wait_asleep(path: &str, calls: &[c_long], expect_alive: impl Fn()) {
+    loop {
+        expect_alive();
+        // "running", or the number and the arguments. It is gone if the task is.
+        let state = fs::read_to_string(path).unwrap_or_default();
+        let number = state.split(' ').next().and_then(|word| word.parse().ok());
+        if number.is_some_and(|number| calls.contains(&number)) {
+            return;
+        }
+        thread::yield_now();
     }
 }
 
@@ -145,21 +216,13 @@ impl<T: Send + 'static> Blocked<T> {
     #[track_caller]
     pub fn wait_asleep(&self) {
         let path = format!("/proc/self/task/{}/syscall", self.tid.as_raw_nonzero());
-        loop {
+        wait_asleep(&path, self.calls, || {
             assert!(
                 !self.thread.is_finished(),
                 "expected the thread to wait in system call {:?}, but it returned",
                 self.calls
             );
-            // "running", or the number and the arguments. It is gone if the
-            // thread is.
-            let state = fs::read_to_string(&path).unwrap_or_default();
-            let number = state.split(' ').next().and_then(|word| word.parse().ok());
-            if number.is_some_and(|number| self.calls.contains(&number)) {
-                return;
-            }
-            thread::yield_now();
-        }
+        });
     }
 
     /// Sends the thread a signal.

@@ -1,48 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
-//! G8: the device goes away. soft-RoCE lets it go at once, while files are open.
+//! G8: the device goes away. soft-RoCE lets it go at once, while files are open;
+//! a driver that cannot, such as soft-iWARP, waits for the last file and mapping.
 
 use rustix::{
     event::{PollFlags, Timespec},
     io::Errno,
 };
 use std::{
+    fs,
     os::fd::{AsFd, AsRawFd},
-    process::Command,
+    process, thread,
 };
 use uverbs_mmu_notify::{Event, Request, sys::uapi::*};
 use uverbs_mmu_notify_tests::*;
-
-/// A soft-RoCE device that can be removed.
-struct Device(&'static str);
-
-impl Device {
-    fn new(name: &'static str) -> Self {
-        run(&format!("ip link add {name} type dummy"));
-        run(&format!("ip link set {name} up"));
-        run(&format!("rdma link add {name} type rxe netdev {name}"));
-        Self(name)
-    }
-
-    /// Removes the RDMA device, but not the network device.
-    fn remove(&self) {
-        run(&format!("rdma link delete {}", self.0));
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        run(&format!("ip link delete {}", self.0));
-    }
-}
-
-fn run(command: &str) {
-    let words: Vec<_> = command.split(' ').collect();
-    let status = Command::new(words[0]).args(&words[1..]).status();
-    assert!(
-        status.as_ref().is_ok_and(|status| status.success()),
-        "{command}: {status:?}"
-    );
-}
 
 /// G8, and read() and poll() of the interface: what waits to be read is dropped,
 /// the counter changes once and stays mapped, deregistration still returns what
@@ -53,8 +23,8 @@ fn ends_delivery() {
         tv_sec: 0,
         tv_nsec: 0,
     });
-    let device = Device::new("gone0");
-    let fixture = Fixture::on(device.0);
+    let device = Device::new("gone0", "rxe");
+    let fixture = Fixture::on(device.name());
     let map = Map::new(2);
     let mut mr = fixture.watch(map, 0..2, 1);
     map.unmap(0..1);
@@ -76,8 +46,8 @@ fn ends_delivery() {
 /// away with its device is refused. The kernel used to crash.
 #[test]
 fn fd_is_refused() {
-    let device = Device::new("gone1");
-    let fixture = Fixture::on(device.0);
+    let device = Device::new("gone1", "rxe");
+    let fixture = Fixture::on(device.name());
     device.remove();
     let result = Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_REG_MR)
         .object(
@@ -86,4 +56,51 @@ fn fd_is_refused() {
         )
         .call(&*fixture.context, fixture.context.driver_id());
     expect_errno(result, Errno::IO, "REG_MR");
+}
+
+/// Waits until a removal waits for the users of the device.
+#[track_caller]
+fn expect_held(removal: &mut process::Child, by: &str) {
+    let stack = format!("/proc/{}/stack", removal.id());
+    loop {
+        let ended = removal.try_wait().expect("wait for rdma");
+        assert!(ended.is_none(), "removed in spite of {by}: {ended:?}");
+        if fs::read_to_string(&stack).is_ok_and(|stack| stack.contains("ib_uverbs_remove_one")) {
+            return;
+        }
+        thread::yield_now();
+    }
+}
+
+/// Interface: a device whose driver cannot take itself away from its users stays,
+/// and goes on to report, until the last of context, FD and mapping is closed.
+#[test]
+fn waits_for_the_last_file_and_mapping() {
+    let device = Device::new("held0", "siw");
+    let fixture = Fixture::on(device.name());
+    let map = Map::new(2);
+    let mut mr = fixture.watch(map, 0..2, 1);
+    let mut removal = device.begin_removal();
+    expect_held(&mut removal, "all of it");
+
+    map.unmap(0..1);
+    fixture.expect(&[Record::new(map, 0..1, 1, 1, UNMAPPED)]);
+    map.unmap(1..2);
+    assert_eq!(mr.destroy().expect("deregister"), 1, "events reported");
+
+    let Fixture {
+        context,
+        pd,
+        queue,
+        page,
+    } = fixture;
+    drop((mr, pd, context));
+    assert_eq!(page.load(), 3, "generation after the end of the context");
+    expect_held(&mut removal, "FD and mapping");
+    drop(queue);
+    expect_held(&mut removal, "the mapping");
+    assert_eq!(page.load(), 3, "generation of a mapping alone");
+    drop(page);
+    let status = within("the removal", || removal.wait()).expect("wait for rdma");
+    assert!(status.success(), "rdma link delete: {status}");
 }

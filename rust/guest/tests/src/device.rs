@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The RDMA device that a test is on.
+
+use std::{
+    env,
+    process::{Child, Command},
+};
+
+/// The name of the device to test: `UVERBS_TEST_DEVICE`, or the soft-RoCE one.
+pub fn device() -> String {
+    env::var("UVERBS_TEST_DEVICE").unwrap_or_else(|_| "rxe0".to_owned())
+}
+
+/// [`device`] must have no region left.
+#[track_caller]
+pub fn expect_no_regions() {
+    let shown = Command::new("rdma")
+        .args(["resource", "show", &device()])
+        .output()
+        .expect("run rdma");
+    let shown = String::from_utf8_lossy(&shown.stdout);
+    assert!(
+        shown.contains(" mr 0 "),
+        "expected no MR to be left: {shown}"
+    );
+}
+
+/// A device of a test's own, which can be removed.
+pub struct Device(&'static str);
+
+impl Device {
+    /// Makes one with a driver, `rxe` or `siw`, and a network device of the same
+    /// name for it.
+    pub fn new(name: &'static str, driver: &str) -> Self {
+        run(&format!("ip link add {name} type dummy"));
+        run(&format!("ip link set {name} up"));
+        run(&format!("rdma link add {name} type {driver} netdev {name}"));
+        Self(name)
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        self.0
+    }
+
+    /// Removes the RDMA device, but not the network device.
+    pub fn remove(&self) {
+        run(&self.removal());
+    }
+
+    /// Begins to remove the RDMA device, in another process.
+    pub fn begin_removal(&self) -> Child {
+        command(&self.removal()).spawn().expect("run rdma")
+    }
+
+    fn removal(&self) -> String {
+        format!("rdma link delete {}", self.0)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        run(&format!("ip link delete {}", self.0));
+    }
+}
+
+fn command(line: &str) -> Command {
+    let mut words = line.split(' ');
+    let mut command = Command::new(words.next().expect("a command"));
+    command.args(words);
+    command
+}
+
+fn run(line: &str) {
+    let status = command(line).status();
+    assert!(
+        status.as_ref().is_ok_and(|status| status.success()),
+        "{line}: {status:?}"
+    );
+}
