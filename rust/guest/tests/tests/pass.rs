@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A notification FD that another process gets, and what it can do with it.
+
+use rustix::{
+    event::{PollFlags, Timespec},
+    io::Errno,
+    net::{
+        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    },
+};
+use std::{
+    io::{IoSlice, IoSliceMut},
+    mem::{self, MaybeUninit},
+    os::fd::{AsFd, OwnedFd},
+};
+use uverbs_mmu_notify::{Event, NotifyQueue};
+use uverbs_mmu_notify_tests::*;
+
+const POLL: &[libc::c_long] = &[libc::SYS_poll, libc::SYS_ppoll];
+const NOW: Option<Timespec> = Some(Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+});
+const SPACE: usize = rustix::cmsg_space!(ScmRights(1));
+
+fn sockets() -> (OwnedFd, OwnedFd) {
+    let flags = SocketFlags::CLOEXEC;
+    socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).expect("socketpair")
+}
+
+fn send(socket: &OwnedFd, fd: impl AsFd) {
+    let mut space = [MaybeUninit::uninit(); SPACE];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd.as_fd()];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let sent = sendmsg(
+        socket,
+        &[IoSlice::new(b"x")],
+        &mut control,
+        SendFlags::empty(),
+    );
+    assert_eq!(sent, Ok(1), "sendmsg");
+}
+
+fn receive(socket: &OwnedFd) -> NotifyQueue {
+    let mut space = [MaybeUninit::uninit(); SPACE];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let data = &mut [IoSliceMut::new(&mut byte)];
+    recvmsg(socket, data, &mut control, RecvFlags::CMSG_CLOEXEC).expect("recvmsg");
+    let mut fds = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    fds.next().expect("an FD in the message").into()
+}
+
+#[track_caller]
+fn expect_refused(queue: &NotifyQueue) {
+    let read = queue.read(&mut [Event::default()]);
+    expect_errno(read, Errno::PERM, "read() of another process's queue");
+}
+
+/// What another process than the owner sees of a hit, and must not take away.
+fn watch_the_owner(queue: &NotifyQueue) -> i32 {
+    let page = queue.generation_page().expect("map the counter page");
+    assert_eq!(page.load(), 0, "generation");
+    assert_eq!(queue.poll(NOW).unwrap(), PollFlags::empty(), "poll()");
+    expect_refused(queue);
+    // The owner waits for this call to sleep.
+    assert_eq!(queue.poll(None).unwrap(), PollFlags::IN, "poll() of a hit");
+    assert_eq!(page.load(), 1, "generation after the hit");
+    expect_refused(queue);
+    assert_eq!(queue.poll(NOW).unwrap(), PollFlags::IN, "poll() again");
+    0
+}
+
+/// The owner's side of it.
+#[track_caller]
+fn is_watched(fixture: &Fixture, child: Child) {
+    let map = Map::new(2);
+    let mut mr = fixture.watch(map, 0..2, 7);
+    child.wait_asleep(POLL);
+    map.unmap(0..1);
+    assert_eq!(child.wait(), Exit::Code(0), "the other process");
+    fixture.expect(&[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
+    map.unmap(1..2);
+    fixture.expect(&[Record::new(map, 1..2, 7, 2, UNMAPPED)]);
+    assert_eq!(mr.destroy().unwrap(), 2, "events reported");
+}
+
+/// G4, and read(), poll() and mmap() of the interface: sent over a socket.
+#[test]
+fn sent() {
+    let (ours, theirs) = sockets();
+    let child = Child::fork(|| watch_the_owner(&receive(&theirs)));
+    let fixture = Fixture::new();
+    send(&ours, &fixture.queue);
+    is_watched(&fixture, child);
+    drop(fixture);
+    expect_no_regions();
+}
+
+/// The same, inherited.
+#[test]
+fn inherited() {
+    let fixture = Fixture::new();
+    let child = Child::fork(|| watch_the_owner(&fixture.queue));
+    is_watched(&fixture, child);
+    drop(fixture);
+    expect_no_regions();
+}
+
+/// G1, G8: held after the end of its owner, whose context ended with it.
+#[test]
+fn outlives_its_owner() {
+    let (ours, theirs) = sockets();
+    let child = Child::fork(|| {
+        let fixture = Fixture::new();
+        let map = Map::new(2);
+        let mr = fixture.watch(map, 0..2, 7);
+        send(&theirs, &fixture.queue);
+        stop();
+        map.unmap(0..1);
+        stop();
+        mem::forget((fixture, mr));
+        0
+    });
+    child.wait_stopped();
+    let queue = receive(&ours);
+    let page = queue.generation_page().expect("map the counter page");
+    assert_eq!(page.load(), 0, "generation");
+    child.resume();
+    child.wait_stopped();
+    assert_eq!(page.load(), 1, "generation after a hit");
+    assert_eq!(queue.poll(NOW).unwrap(), PollFlags::IN, "poll() of a hit");
+    child.resume();
+    assert_eq!(child.wait(), Exit::Code(0), "the owner");
+
+    // One at least for its memory, and one for its context.
+    assert!(
+        page.load() >= 3,
+        "generation after the end: {}",
+        page.load()
+    );
+    assert_eq!(queue.poll(NOW).unwrap(), PollFlags::ERR, "poll()");
+    expect_refused(&queue);
+    expect_no_regions();
+    drop(queue);
+    assert!(page.load() >= 3, "generation: {}", page.load());
+}
+
+/// G4, G8: an FD on its way is open, and its events wait for it.
+#[test]
+fn received_later() {
+    let (ours, theirs) = sockets();
+    let Fixture {
+        context,
+        pd,
+        queue,
+        page,
+    } = Fixture::new();
+    let map = Map::new(2);
+    let fixture_args = uverbs_mmu_notify::MrArgs::new(map.at(0), 2 * PAGE).watched(&queue, 7);
+    let mut mr = reg(&pd, &fixture_args);
+    send(&ours, &queue);
+    drop((queue, page));
+    map.unmap(0..1);
+    let queue = receive(&theirs);
+    expect_records(&queue, &[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
+    map.unmap(1..2);
+    expect_records(&queue, &[Record::new(map, 1..2, 7, 2, UNMAPPED)]);
+    assert_eq!(mr.destroy().unwrap(), 2, "events reported");
+    drop(context);
+}
+
+/// G8: an FD that is on its way when all else ends, and never arrives.
+#[test]
+fn never_received() {
+    let (ours, theirs) = sockets();
+    let fixture = Fixture::new();
+    let map = Map::new(1);
+    let mr = fixture.watch(map, 0..1, 7);
+    map.unmap(0..1);
+    send(&ours, &fixture.queue);
+    drop((mr, fixture));
+    expect_no_regions();
+    drop((ours, theirs));
+}

@@ -1,0 +1,566 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What is reported is stale, or may be, and what is not is not: by RDMA through
+//! the old registration.
+
+use libc::{c_int, c_ulong, c_void};
+use linux_raw_sys::mempolicy::{MPOL_MF_MOVE, MPOL_MF_STRICT};
+use rustix::{
+    fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate},
+    mm::{MapFlags, MprotectFlags, MremapFlags, mlock, mremap, mremap_fixed, munlock},
+};
+use std::{fs, hint, io, ops::Range, os::fd::OwnedFd, ptr, thread};
+use uverbs_mmu_notify::{Mr, sys::verbs::*};
+use uverbs_mmu_notify_tests::*;
+
+/// Pages in a huge page.
+const HUGE: usize = 512;
+
+/// Memory, the first page of which is registered.
+struct Memory {
+    map: Map,
+    pages: usize,
+    file: Option<OwnedFd>,
+}
+
+impl Memory {
+    fn all(&self) -> Range<usize> {
+        0..self.pages
+    }
+
+    fn len(&self) -> usize {
+        self.pages * PAGE
+    }
+
+    fn file(&self) -> &OwnedFd {
+        self.file.as_ref().expect("it is a file's")
+    }
+
+    #[track_caller]
+    fn advise(&self, advice: c_int) {
+        let advised = self.map.advise(self.all(), advice);
+        advised.unwrap_or_else(|e| panic!("madvise {advice}: {e}"));
+    }
+
+    /// mremap()s all of it to `to`.
+    fn move_to(&self, to: Map, flags: MremapFlags) {
+        let (from, to) = (self.map.void(0), to.void(0));
+        // SAFETY: No reference points into a map.
+        let moved = unsafe { mremap_fixed(from, self.len(), self.len(), flags, to) };
+        assert_eq!(moved, Ok(to), "mremap");
+    }
+}
+
+fn of_file(pages: usize, file: MemfdFlags, map: MapFlags) -> Memory {
+    let file = memfd(pages, file);
+    let map = Map::of_file(&file, pages, map);
+    Memory {
+        map,
+        pages,
+        file: Some(file),
+    }
+}
+
+fn anonymous(pages: usize, flags: MapFlags) -> Memory {
+    Memory {
+        map: Map::anonymous(pages, flags),
+        pages,
+        file: None,
+    }
+}
+
+fn private() -> Memory {
+    anonymous(2, MapFlags::PRIVATE)
+}
+
+/// A file's, shared.
+fn shared() -> Memory {
+    of_file(2, MemfdFlags::empty(), MapFlags::SHARED)
+}
+
+/// A file's, private: what is registered is a copy of the file's page.
+fn copied() -> Memory {
+    of_file(2, MemfdFlags::empty(), MapFlags::PRIVATE)
+}
+
+fn reserve_huge_pages() {
+    fs::write("/proc/sys/vm/nr_hugepages", "8").expect("reserve huge pages");
+}
+
+const PRIVATE_HUGE: MapFlags = MapFlags::PRIVATE.union(MapFlags::HUGETLB);
+
+fn huge() -> Memory {
+    reserve_huge_pages();
+    anonymous(HUGE, PRIVATE_HUGE)
+}
+
+fn shared_huge() -> Memory {
+    reserve_huge_pages();
+    of_file(HUGE, MemfdFlags::HUGETLB, MapFlags::SHARED)
+}
+
+/// One transparent huge page.
+fn thp() -> Memory {
+    let map = Map::untouched(2 * HUGE);
+    let map = Map::existing(map.void((map.at(0) as usize).wrapping_neg() / PAGE % HUGE));
+    map.advise(0..HUGE, libc::MADV_HUGEPAGE).expect("madvise");
+    map.store(0, 0x11);
+    let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let start = format!("{:x}-", map.at(0) as usize);
+    let smaps = &smaps[smaps.find(&start).expect("a mapping of its own")..];
+    let huge = smaps
+        .lines()
+        .find(|line| line.starts_with("AnonHugePages:"));
+    assert!(huge.unwrap().contains(" 2048 kB"), "huge page: {huge:?}");
+    Memory {
+        map,
+        pages: HUGE,
+        file: None,
+    }
+}
+
+/// A segment of System V, which goes with its last mapping.
+fn segment() -> c_int {
+    // SAFETY: It makes a segment, and maps nothing.
+    let id = unsafe { libc::shmget(libc::IPC_PRIVATE, PAGE, 0o600) };
+    assert!(id >= 0, "shmget: {}", io::Error::last_os_error());
+    id
+}
+
+fn attach(segment: c_int, addr: *mut c_void, flags: c_int) -> Map {
+    // SAFETY: At `addr` is nothing but a map.
+    let addr = unsafe { libc::shmat(segment, addr, flags) };
+    assert_ne!(addr as isize, -1, "shmat: {}", io::Error::last_os_error());
+    // SAFETY: It marks the segment, which stays while it is mapped.
+    unsafe { libc::shmctl(segment, libc::IPC_RMID, ptr::null_mut()) };
+    Map::existing(addr)
+}
+
+fn system_v() -> Memory {
+    Memory {
+        map: attach(segment(), ptr::null_mut(), 0),
+        pages: 1,
+        file: None,
+    }
+}
+
+fn set_break(end: *mut c_void) {
+    // SAFETY: `shrink_and_regrow` has the last page before the break.
+    let ret = unsafe { libc::brk(end) };
+    assert_eq!(ret, 0, "brk: {}", io::Error::last_os_error());
+}
+
+fn get_break() -> usize {
+    // SAFETY: It only returns the break.
+    unsafe { libc::sbrk(0) }.expose_provenance()
+}
+
+/// The end of the heap, in front of which malloc() has its memory.
+fn heap() -> Memory {
+    let start = get_break().next_multiple_of(PAGE);
+    let map = Map::existing(ptr::with_exposed_provenance_mut(start));
+    set_break(map.void(1));
+    Memory {
+        map,
+        pages: 1,
+        file: None,
+    }
+}
+
+fn shrink_and_regrow(memory: &Memory) {
+    let (start, end) = (memory.map.void(0), memory.map.void(1));
+    assert_eq!(get_break(), end as usize, "the break is where it was");
+    set_break(start);
+    set_break(end);
+}
+
+/// Whether an RDMA write of `peer` to `mr` reaches the first page of `map`, which
+/// is the region's.
+#[track_caller]
+fn reaches(peer: &Peer, map: Map, mr: &Mr) -> bool {
+    let before = map.load(0);
+    let byte = before.wrapping_add(1);
+    let status = peer.write(map.at(0), mr.rkey(), byte);
+    assert_eq!(status, IBV_WC_SUCCESS, "the work completion");
+    let after = map.load(0);
+    assert!([before, byte].contains(&after), "the byte: {after:#x}");
+    after == byte
+}
+
+fn setup(memory: &Memory) -> (Fixture, Peer, Mr) {
+    let fixture = Fixture::new();
+    let peer = Peer::new(&fixture.pd);
+    memory.map.store(0, 0x11);
+    let mr = fixture.watch(memory.map, 0..1, 7);
+    let before = fixture.page.load();
+    assert!(reaches(&peer, memory.map, &mr), "a new registration");
+    fixture.expect_quiet_since(before, "RDMA");
+    (fixture, peer, mr)
+}
+
+/// G1, G2: RDMA through a registration that `change` makes stale succeeds, but
+/// does not reach what is mapped, and that was reported for `reasons`.
+#[track_caller]
+fn becomes_stale(memory: Memory, reasons: u32, change: impl FnOnce(&Memory)) {
+    let map = memory.map;
+    let (fixture, peer, mr) = setup(&memory);
+    let before = fixture.page.load();
+
+    change(&memory);
+    let generation = fixture.page.load();
+    assert!(generation > before, "the generation after the change");
+    let record = Record::new(map, 0..1, 7, generation, reasons);
+    fixture.expect(&[record]);
+    map.store(0, 0x22);
+    assert!(!reaches(&peer, map, &mr), "it is not stale");
+
+    let renewed = fixture.watch(map, 0..1, 8);
+    assert!(reaches(&peer, map, &renewed), "a new registration");
+}
+
+/// G7: `change` is not reported, and RDMA still reaches what is mapped.
+#[track_caller]
+fn stays_fresh(memory: Memory, change: impl FnOnce(&Memory)) {
+    let (fixture, peer, mr) = setup(&memory);
+    let before = fixture.page.load();
+    change(&memory);
+    fixture.expect_quiet_since(before, "the change");
+    assert!(reaches(&peer, memory.map, &mr), "it is stale");
+    memory.map.store(0, 0x33);
+    assert!(reaches(&peer, memory.map, &mr), "it is stale after a store");
+    fixture.expect_quiet_since(before, "RDMA");
+}
+
+/// RDMA still reaches what is mapped after `change`, which may be reported: the
+/// notifier cannot tell.
+#[track_caller]
+fn is_not_stale(memory: Memory, change: impl FnOnce(&Memory)) {
+    let (fixture, peer, mr) = setup(&memory);
+    change(&memory);
+    eprintln!("reported: {:?}", read_all(&fixture.queue));
+    assert!(reaches(&peer, memory.map, &mr), "it is stale");
+    memory.map.store(0, 0x33);
+    assert!(reaches(&peer, memory.map, &mr), "it is stale after a store");
+}
+
+/// One test for each row.
+macro_rules! rows {
+    ($check:ident: $($(#[$doc:meta])+ $name:ident($($argument:expr),+);)+) => {
+        $(
+            $(#[$doc])+
+            #[test]
+            fn $name() {
+                $check($($argument),+);
+            }
+        )+
+    };
+}
+
+fn unmap_and_map(memory: &Memory, flags: MapFlags) {
+    memory.map.unmap(memory.all());
+    memory.map.map_over_with(memory.all(), flags);
+}
+
+fn move_away(memory: &Memory, flags: MapFlags) {
+    let to = anonymous(memory.pages, flags);
+    memory.move_to(to.map, MremapFlags::MAYMOVE);
+    memory.map.map_over_with(memory.all(), flags);
+}
+
+fn truncate_and_extend(memory: &Memory) {
+    for len in [0, memory.len()] {
+        ftruncate(memory.file(), len as u64).expect("ftruncate");
+    }
+}
+
+fn punch_hole(memory: &Memory) {
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(memory.file(), mode, 0, memory.len() as u64).expect("fallocate");
+}
+
+rows! { becomes_stale:
+    /// munmap, and mmap at the same address.
+    unmapped_and_mapped_again(private(), UNMAPPED, |m| unmap_and_map(m, MapFlags::PRIVATE));
+    /// mmap over it.
+    mapped_over(private(), UNMAPPED, |m| m.map.map_over(m.all()));
+    /// mremap to elsewhere, and mmap at the old address.
+    moved_away(private(), UNMAPPED, |m| move_away(m, MapFlags::PRIVATE));
+    /// Another mapping is moved over it.
+    moved_over(private(), UNMAPPED, |m| private().move_to(m.map, MremapFlags::MAYMOVE));
+    /// The pages are moved to elsewhere, the mapping stays.
+    moved_and_kept(private(), UNMAPPED, |m| {
+        m.move_to(private().map, MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP);
+    });
+    /// brk to a lower end, and back.
+    heap_shrunk_and_regrown(heap(), UNMAPPED, shrink_and_regrow);
+    /// MADV_DONTNEED.
+    given_up(private(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
+    /// MADV_DONTNEED of a file's private page: the file's is there again.
+    given_up_copy(copied(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
+    /// MADV_DONTNEED_LOCKED.
+    given_up_locked(private(), MAYBE_STALE, |m| {
+        // SAFETY: It is mapped.
+        unsafe { mlock(m.map.void(0), m.len()) }.expect("mlock");
+        m.advise(libc::MADV_DONTNEED_LOCKED);
+    });
+    /// MADV_DONTNEED of a huge page that the kernel made.
+    given_up_transparent_huge_page(thp(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
+    /// MADV_GUARD_INSTALL, and MADV_GUARD_REMOVE.
+    guarded(private(), MAYBE_STALE, |m| {
+        for advice in [102, 103] {
+            m.advise(advice);
+        }
+    });
+    /// MADV_REMOVE.
+    removed(shared(), MAYBE_STALE, |m| m.advise(libc::MADV_REMOVE));
+    /// fallocate with FALLOC_FL_PUNCH_HOLE.
+    hole_punched(shared(), MAYBE_STALE, punch_hole);
+    /// The same by another process.
+    hole_punched_by_another(shared(), MAYBE_STALE, |m| {
+        let child = in_child(|| {
+            punch_hole(m);
+            0
+        });
+        assert_eq!(child, Exit::Code(0), "the child");
+    });
+    /// ftruncate to nothing, and back.
+    truncated(shared(), MAYBE_STALE, truncate_and_extend);
+    /// The same under a private mapping, which loses its copy.
+    truncated_under_a_copy(copied(), MAYBE_STALE, truncate_and_extend);
+    /// remap_file_pages: another page of the file is mapped there.
+    remapped(shared(), UNMAPPED, |m| {
+        // SAFETY: As in `move_to`.
+        let ret = unsafe { libc::remap_file_pages(m.map.void(0), PAGE, 0, 1, 0) };
+        assert_eq!(ret, 0, "remap_file_pages: {}", io::Error::last_os_error());
+    });
+    /// shmdt, and shmat of another segment.
+    segment_detached(system_v(), UNMAPPED, |m| {
+        // SAFETY: As in `move_to`.
+        assert_eq!(unsafe { libc::shmdt(m.map.void(0)) }, 0, "shmdt");
+        attach(segment(), m.map.void(0), 0);
+    });
+    /// shmat of another segment with SHM_REMAP.
+    segment_attached_over(system_v(), UNMAPPED, |m| {
+        attach(segment(), m.map.void(0), libc::SHM_REMAP);
+    });
+    /// Huge pages: munmap, and mmap at the same address.
+    huge_unmapped_and_mapped_again(huge(), UNMAPPED, |m| unmap_and_map(m, PRIVATE_HUGE));
+    /// Huge pages: mremap to elsewhere, which is not told as unmapping, and mmap
+    /// at the old address.
+    huge_moved_away(huge(), MAYBE_STALE, |m| move_away(m, PRIVATE_HUGE));
+    /// Huge pages: MADV_DONTNEED.
+    huge_given_up(huge(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
+    /// Huge pages: fallocate with FALLOC_FL_PUNCH_HOLE.
+    huge_hole_punched(shared_huge(), MAYBE_STALE, punch_hole);
+    /// Huge pages: ftruncate to nothing, and back.
+    huge_truncated(shared_huge(), MAYBE_STALE, truncate_and_extend);
+}
+
+/// fork, with stores on both sides, and the child's end.
+fn fork(memory: &Memory) {
+    let child = Child::idle();
+    memory.map.store(0, 0x44);
+    child.kill();
+    let child = in_child(|| {
+        memory.map.store(0, 0x55);
+        0
+    });
+    assert_eq!(child, Exit::Code(0), "the child");
+}
+
+/// Lets the balancing of NUMA nodes have its way until it has made pages fault.
+fn balance(memory: &Memory) {
+    let debug = "/sys/kernel/debug/sched/numa_balancing";
+    for (file, value) in [("scan_delay_ms", "1"), ("scan_period_min_ms", "1")] {
+        fs::write(format!("{debug}/{file}"), value).expect("set up NUMA balancing");
+    }
+    fs::write("/proc/sys/kernel/numa_balancing", "1").expect("turn on NUMA balancing");
+    (1..memory.pages).for_each(|page| memory.map.store(page, 0x11));
+    // The page that is pinned is spared; the others share its mapping.
+    let faults = || {
+        // SAFETY: All members are numbers, and it may be written.
+        unsafe {
+            let mut usage = std::mem::zeroed::<libc::rusage>();
+            libc::getrusage(libc::RUSAGE_THREAD, &mut usage);
+            usage.ru_minflt
+        }
+    };
+    let before = faults();
+    while faults() - before < memory.pages as i64 / 2 {
+        for page in 0..memory.pages {
+            hint::black_box(memory.map.load(page));
+        }
+    }
+    fs::write("/proc/sys/kernel/numa_balancing", "0").expect("turn off NUMA balancing");
+}
+
+rows! { stays_fresh:
+    /// mprotect to less, and back.
+    protected(private(), |m| {
+        for protection in [MprotectFlags::READ, MprotectFlags::empty()] {
+            m.map.protect(0..1, protection);
+        }
+        m.map.protect(m.all(), MprotectFlags::READ | MprotectFlags::WRITE);
+    });
+    /// fork, with stores on both sides.
+    forked(private(), fork);
+    /// The same with a file's private page.
+    forked_copy(copied(), fork);
+    /// The same with a file's shared page.
+    forked_shared(shared(), fork);
+    /// The bits that tell written pages are cleared.
+    soft_dirty_cleared(private(), |m| {
+        fs::write("/proc/self/clear_refs", "4").expect("clear the bits");
+        m.map.store(0, 0x22);
+    });
+    /// Write-protection by userfaultfd, and its end.
+    write_protected(private(), |m| {
+        let fault = Userfault::writes(m.map, m.all());
+        for protect in [true, false] {
+            fault.protect(m.map, m.all(), protect);
+        }
+    });
+    /// NUMA balancing makes pages fault.
+    balanced(anonymous(256, MapFlags::PRIVATE), balance);
+    /// mremap to a larger size, in place.
+    grown(private(), |m| {
+        m.map.unmap(1..2);
+        // SAFETY: No reference points into a map.
+        let grown = unsafe { mremap(m.map.void(0), PAGE, 2 * PAGE, MremapFlags::empty()) };
+        assert_eq!(grown, Ok(m.map.void(0)), "mremap");
+    });
+    /// mlock and munlock.
+    locked(private(), |m| {
+        // SAFETY: It is mapped.
+        unsafe { mlock(m.map.void(0), m.len()).and_then(|()| munlock(m.map.void(0), m.len())) }
+            .expect("mlock and munlock");
+    });
+    /// Advice that concerns the future.
+    advised(private(), |m| {
+        for advice in [
+            libc::MADV_COLD,
+            libc::MADV_WILLNEED,
+            libc::MADV_SEQUENTIAL,
+            libc::MADV_DONTFORK,
+            libc::MADV_DOFORK,
+            libc::MADV_WIPEONFORK,
+            libc::MADV_KEEPONFORK,
+            libc::MADV_HUGEPAGE,
+            libc::MADV_NOHUGEPAGE,
+            libc::MADV_DONTDUMP,
+            libc::MADV_DODUMP,
+            libc::MADV_POPULATE_WRITE,
+        ] {
+            m.advise(advice);
+        }
+    });
+    /// MADV_PAGEOUT.
+    paged_out(private(), |m| m.advise(libc::MADV_PAGEOUT));
+}
+
+const NODES: c_int = 2;
+
+/// Asks for the first page to be moved to the other node, and returns its node.
+fn move_page(memory: &Memory, to: Option<c_int>) -> c_int {
+    let (addr, mut node) = (memory.map.void(0), -1);
+    let to: *const c_int = to.as_ref().map_or(ptr::null(), |to| to);
+    // SAFETY: One page, and one place for its status.
+    let ret = unsafe { libc::syscall(libc::SYS_move_pages, 0, 1, &addr, to, &mut node, 0) };
+    assert!(ret >= 0, "move_pages: {}", io::Error::last_os_error());
+    node
+}
+
+/// The node that the first page is not on.
+fn other_node(memory: &Memory) -> c_int {
+    let node = move_page(memory, None);
+    assert!(
+        (0..NODES).contains(&node),
+        "the page's node: {node}"
+    );
+    1 - node
+}
+
+/// Binds the memory to the other node, and returns whether that moved all of it.
+fn bind(memory: &Memory) -> io::Result<()> {
+    let nodes: c_ulong = 1 << other_node(memory);
+    let (addr, len) = (memory.map.void(0), memory.len());
+    let flags = MPOL_MF_MOVE | MPOL_MF_STRICT;
+    // SAFETY: `nodes` is a mask of as many bits as are said.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            addr,
+            len,
+            libc::MPOL_BIND,
+            &nodes,
+            64,
+            flags,
+        )
+    };
+    match ret {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Lets two pages of the same content be merged, if they can be.
+fn merge(memory: &Memory) {
+    let ksm = "/sys/kernel/mm/ksm";
+    let twin = private();
+    let content = memory.map.load(0);
+    for map in [memory.map, twin.map] {
+        map.store(0, content);
+        map.advise(0..1, libc::MADV_MERGEABLE).expect("madvise");
+    }
+    let scans = || -> u64 {
+        let scans = fs::read_to_string(format!("{ksm}/full_scans")).unwrap();
+        scans.trim().parse().unwrap()
+    };
+    let before = scans();
+    for (file, value) in [
+        ("sleep_millisecs", "1"),
+        ("pages_to_scan", "1000"),
+        ("run", "1"),
+    ] {
+        fs::write(format!("{ksm}/{file}"), value).expect("run KSM");
+    }
+    // The first one takes down what the page holds, the second one may merge.
+    while scans() < before + 4 {
+        thread::yield_now();
+    }
+    fs::write(format!("{ksm}/run"), "0").expect("stop KSM");
+}
+
+rows! { is_not_stale:
+    /// MADV_FREE: the page stays while it is pinned.
+    freed(private(), |m| m.advise(libc::MADV_FREE));
+    /// MADV_DONTNEED of a shared page: the same page comes back.
+    shared_given_up(shared(), |m| m.advise(libc::MADV_DONTNEED));
+    /// fork with huge pages: the child gets the copy.
+    huge_forked(huge(), fork);
+    /// fork with a huge page that the kernel made.
+    transparent_huge_page_forked(thp(), fork);
+    /// KSM does not merge a pinned page.
+    merged(private(), merge);
+    /// MADV_COLLAPSE does not replace a pinned page.
+    collapsed(anonymous(2 * HUGE, MapFlags::PRIVATE), |m| {
+        let first = (m.map.at(0) as usize).wrapping_neg() / PAGE % HUGE;
+        (0..m.pages).for_each(|page| m.map.store(page, 0x11));
+        eprintln!("{:?}", m.map.advise(first..first + HUGE, libc::MADV_COLLAPSE));
+    });
+    /// move_pages does not move a pinned page.
+    moved_to_another_node(private(), |m| {
+        let to = other_node(m);
+        eprintln!("{}", move_page(m, Some(to)));
+        assert_ne!(move_page(m, None), to, "the page's node");
+    });
+    /// mbind does not move a pinned page.
+    bound_to_another_node(private(), |m| {
+        let to = other_node(m);
+        expect_errno(bind(m), rustix::io::Errno::IO, "mbind");
+        assert_ne!(move_page(m, None), to, "the page's node");
+    });
+    /// munmap of the other half of a huge page that the kernel made.
+    partly_unmapped_huge_page(thp(), |m| m.map.unmap(HUGE / 2..HUGE));
+    /// mprotect of that half.
+    partly_protected_huge_page(thp(), |m| m.map.protect(HUGE / 2..HUGE, MprotectFlags::READ));
+}

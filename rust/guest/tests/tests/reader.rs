@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: GPL-2.0
+//! G6: nobody waits for a reader, whatever it does or does not.
+
+use libc::{c_int, c_void};
+use rustix::{
+    fs::{MemfdFlags, ftruncate},
+    io::{Errno, dup, read},
+    mm::MapFlags,
+};
+use std::{
+    io, mem,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    sync::atomic::{AtomicI32, Ordering},
+    thread::{self, JoinHandle},
+};
+use uverbs_mmu_notify::{Event, Mr, NotifyQueue, sys::uapi::RDMA_DRIVER_RXE};
+use uverbs_mmu_notify_tests::*;
+
+const RECORD: usize = size_of::<Event>();
+/// As many events as the kernel copies out at once.
+const BATCH: usize = 16;
+/// Regions of one page: one more than are hit at first.
+const REGIONS: usize = BATCH + 5;
+
+/// A device, and a queue that is told of each page of a map by itself.
+struct Scene {
+    fixture: Fixture,
+    map: Map,
+    mrs: Vec<Mr>,
+    device: Device,
+}
+
+impl Scene {
+    /// All but the last page are hit.
+    fn new(name: &'static str) -> Self {
+        let device = Device::new(name, "rxe");
+        let fixture = Fixture::on(name);
+        let map = Map::new(REGIONS);
+        let mrs = fixture.watch_each(map, 0..REGIONS);
+        for page in 0..REGIONS - 1 {
+            map.unmap(page..page + 1);
+        }
+        Self {
+            fixture,
+            map,
+            mrs,
+            device,
+        }
+    }
+
+    /// What a reader must not hold up: a change of the mapping, a registration,
+    /// and deregistrations, of a region whose event has been copied out
+    /// (`delivered`) and of one whose event has not.
+    fn goes_on(&mut self, delivered: Option<usize>) {
+        let last = REGIONS - 1;
+        let before = self.fixture.page.load();
+        within("munmap", || self.map.unmap(last..REGIONS));
+        assert_eq!(self.fixture.page.load(), before + 1, "generation");
+        let other = within("REG_MR", || self.fixture.watch(Map::new(1), 0..1, 99));
+        self.deregister(other, 0);
+        if let Some(index) = delivered {
+            let mr = self.mrs.remove(index);
+            self.deregister(mr, 1);
+        }
+        let mr = self.mrs.remove(BATCH + 1);
+        self.deregister(mr, 0);
+    }
+
+    #[track_caller]
+    fn deregister(&self, mut mr: Mr, delivered: u32) {
+        let reported = within("MR_DESTROY", || mr.destroy()).unwrap();
+        assert_eq!(reported, delivered, "events reported");
+    }
+
+    fn remove_device(&self) {
+        let before = self.fixture.page.load();
+        within("the removal of the device", || self.device.remove());
+        assert_eq!(self.fixture.page.load(), before + 1, "generation");
+    }
+}
+
+/// Nobody ever reads.
+#[test]
+fn never_reads() {
+    let mut scene = Scene::new("reader0");
+    scene.goes_on(None);
+    scene.remove_device();
+    for mr in mem::take(&mut scene.mrs) {
+        scene.deregister(mr, 0);
+    }
+}
+
+/// A thread whose read() waits for a page of its buffer.
+struct Stuck {
+    buffer: Map,
+    fault: Userfault,
+    thread: JoinHandle<io::Result<usize>>,
+}
+
+impl Stuck {
+    /// The missing page begins behind `ready` records.
+    fn new(queue: &NotifyQueue, ready: usize) -> Self {
+        let buffer = Map::untouched(2);
+        buffer.store(0, 0);
+        let fault = Userfault::missing(buffer, 1..2);
+        let addr = buffer
+            .at(1)
+            .wrapping_sub(ready * RECORD)
+            .expose_provenance();
+        let queue = dup(queue).unwrap();
+        let thread = thread::spawn(move || {
+            let addr = std::ptr::with_exposed_provenance_mut(addr);
+            read_raw(queue, addr, 2 * REGIONS * RECORD)
+        });
+        assert_eq!(fault.wait_for_fault(), buffer.at(1) as u64, "what faults");
+        Self {
+            buffer,
+            fault,
+            thread,
+        }
+    }
+
+    fn resolve(self) -> io::Result<usize> {
+        self.fault.fill(self.buffer, 1..2);
+        within("read()", || self.thread.join()).expect("the thread panicked")
+    }
+}
+
+/// G4, G5 too: what is left is read when the page is there, and counted once.
+#[track_caller]
+fn stuck(name: &'static str, ready: usize) {
+    let mut scene = Scene::new(name);
+    let stuck = Stuck::new(&scene.fixture.queue, ready);
+    scene.goes_on((ready != 0).then_some(3));
+    // The one that was deregistered before its event was copied out is missing.
+    let read = stuck.resolve().expect("read()");
+    assert_eq!(read, (REGIONS - 1) * RECORD, "bytes read");
+    for mr in mem::take(&mut scene.mrs) {
+        scene.deregister(mr, 1);
+    }
+}
+
+/// The reader waits for its first record's page.
+#[test]
+fn waits_for_its_buffer() {
+    stuck("reader1", 0);
+}
+
+/// The reader has got a batch, and waits for the page of the next one.
+#[test]
+fn waits_for_more_of_its_buffer() {
+    stuck("reader2", BATCH);
+}
+
+/// The device goes away meanwhile.
+#[test]
+fn waits_for_its_buffer_when_the_device_goes() {
+    let scene = Scene::new("reader3");
+    let stuck = Stuck::new(&scene.fixture.queue, 0);
+    scene.remove_device();
+    expect_errno(stuck.resolve(), Errno::IO, "read()");
+}
+
+/// The same, with a batch that has been delivered.
+#[test]
+fn waits_for_more_of_its_buffer_when_the_device_goes() {
+    let mut scene = Scene::new("reader4");
+    let stuck = Stuck::new(&scene.fixture.queue, BATCH);
+    scene.remove_device();
+    let read = stuck.resolve().expect("read()");
+    assert_eq!(read, BATCH * RECORD, "bytes read");
+    for (index, mr) in mem::take(&mut scene.mrs).into_iter().enumerate() {
+        scene.deregister(mr, (index < BATCH).into());
+    }
+}
+
+static QUEUE: AtomicI32 = AtomicI32::new(-1);
+
+/// Reads `QUEUE`; returns how many bytes, or the errno.
+extern "C" fn read_queue(_: *mut c_void) -> c_int {
+    // SAFETY: The test keeps it open.
+    let queue = unsafe { BorrowedFd::borrow_raw(QUEUE.load(Ordering::Relaxed)) };
+    match read(queue, &mut [0_u8; 2 * REGIONS * RECORD]) {
+        Ok(read) => read as c_int,
+        Err(errno) => errno.raw_os_error(),
+    }
+}
+
+/// Another process of this address space is stopped while its read() waits.
+#[test]
+fn stopped_in_read() {
+    let mut scene = Scene::new("reader5");
+    let queue = &scene.fixture.queue;
+    let mut events = [Event::default(); REGIONS];
+    assert_eq!(queue.read(&mut events).unwrap(), REGIONS - 1, "events");
+    queue.set_nonblocking(false).unwrap();
+    QUEUE.store(queue.as_fd().as_raw_fd(), Ordering::Relaxed);
+    // SAFETY: `read_queue` makes one system call of rustix.
+    let child = unsafe { Child::share(read_queue) };
+    child.wait_asleep(&[libc::SYS_read]);
+    child.stop();
+
+    let last = REGIONS - 1;
+    within("munmap", || scene.map.unmap(last..REGIONS));
+    let pending = within("REG_MR", || scene.fixture.watch(Map::new(1), 0..1, 99));
+    scene.deregister(pending, 0);
+    let mr = scene.mrs.remove(3);
+    scene.deregister(mr, 1);
+    let mr = scene.mrs.pop().unwrap();
+    scene.deregister(mr, 0);
+    scene.remove_device();
+    child.resume();
+    assert_eq!(child.wait(), Exit::Code(libc::EIO), "the reader");
+}
+
+/// The owner is stopped; others change its memory, deregister, and remove the
+/// device.
+#[test]
+fn stopped_owner() {
+    let device = Device::new("reader6", "rxe");
+    let file = memfd(3, MemfdFlags::empty());
+    let handle = Map::anonymous(1, MapFlags::SHARED).at(0).cast::<u32>();
+    let child = Child::fork(|| {
+        let fixture = Fixture::on(device.name());
+        let map = Map::of_file(&file, 3, MapFlags::SHARED);
+        let mr = fixture.watch(map, 0..3, 7);
+        map.unmap(0..1);
+        assert_eq!(read_all(&fixture.queue).len(), 1, "events read");
+        map.unmap(1..2);
+        // SAFETY: It is in the map, and not referenced.
+        unsafe { handle.write_volatile(mr.handle()) };
+        stop();
+        let read = fixture.queue.read(&mut [Event::default()]);
+        expect_errno(read, Errno::IO, "read() after the removal");
+        mem::forget(mr);
+        0
+    });
+    child.wait_stopped();
+    let page = NotifyQueue::from(child.fd("anon_inode:[infinibandmmunotify]"))
+        .generation_page()
+        .expect("map the counter page");
+
+    let before = page.load();
+    within("ftruncate", || ftruncate(&file, 0)).expect("ftruncate");
+    assert!(page.load() > before, "the generation after the truncation");
+    let _mr = within("REG_MR", || {
+        Fixture::on(device.name()).watch(Map::new(1), 0..1, 7)
+    });
+    // SAFETY: As above.
+    let handle = unsafe { handle.read_volatile() };
+    let context = child.fd("/dev/infiniband/uverbs");
+    let reported = within("MR_DESTROY", || {
+        destroy_handle_of(context, RDMA_DRIVER_RXE, handle, 99)
+    });
+    assert_eq!(reported, 1, "events reported");
+    let before = page.load();
+    within("the removal of the device", || device.remove());
+    assert_eq!(page.load(), before + 1, "generation after the removal");
+    child.resume();
+    assert_eq!(child.wait(), Exit::Code(0), "the owner");
+}

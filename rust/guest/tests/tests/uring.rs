@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: GPL-2.0
+//! io_uring reads and polls.
+
+use io_uring::{
+    IoUring, cqueue,
+    opcode::{AsyncCancel, PollAdd, Read},
+    squeue::{Entry, Flags},
+    types::Fd,
+};
+use libc::{POLLERR, POLLIN};
+use std::{
+    fs,
+    os::fd::{AsFd, AsRawFd},
+};
+use uverbs_mmu_notify::{Event, Mr, NotifyQueue};
+use uverbs_mmu_notify_tests::*;
+
+const RECORD: i32 = size_of::<Event>() as i32;
+/// Names the request under test.
+const TAG: u64 = 7;
+
+/// A queue that blocks, a region of two pages, a ring, and a buffer.
+struct Scene {
+    ring: IoUring,
+    buffer: Map,
+    map: Map,
+    mr: Mr,
+    fixture: Fixture,
+}
+
+impl Scene {
+    fn new() -> Self {
+        Self::with(IoUring::new(8).expect("make a ring"))
+    }
+
+    fn with(ring: IoUring) -> Self {
+        let fixture = Fixture::new();
+        fixture.queue.set_nonblocking(false).unwrap();
+        let map = Map::new(2);
+        Self {
+            mr: fixture.watch(map, 0..2, 7),
+            ring,
+            buffer: Map::new(1),
+            map,
+            fixture,
+        }
+    }
+
+    fn fd(&self) -> Fd {
+        Fd(self.fixture.queue.as_fd().as_raw_fd())
+    }
+
+    /// To read, with room for two events.
+    fn read(&self) -> Entry {
+        let read = Read::new(self.fd(), self.buffer.at(0), 2 * RECORD as u32);
+        read.build().user_data(TAG)
+    }
+
+    fn submit(&mut self, entry: &Entry) {
+        // SAFETY: The buffer is a map, and stays mapped.
+        unsafe { self.ring.submission().push(entry) }.expect("room in the ring");
+        self.ring.submit().expect("submit");
+    }
+
+    /// Nothing is complete yet.
+    #[track_caller]
+    fn expect_waits(&mut self) {
+        self.ring.submit().expect("enter the kernel");
+        let entry = self.ring.completion().next();
+        assert!(entry.is_none(), "expected it to wait: {entry:?}");
+    }
+
+    #[track_caller]
+    fn completion(&mut self) -> cqueue::Entry {
+        within("the request", || self.ring.submit_and_wait(1)).expect("wait");
+        self.ring.completion().next().expect("it waited for one")
+    }
+
+    /// The request completes with `result`, of which an errno is negative.
+    #[track_caller]
+    fn expect_completion(&mut self, result: i32) {
+        let entry = self.completion();
+        assert_eq!((entry.user_data(), entry.result()), (TAG, result));
+    }
+
+    /// The request has read the hit of `page`, which was the `hit`th.
+    #[track_caller]
+    fn expect_event(&mut self, page: usize, hit: u64) {
+        self.expect_completion(RECORD);
+        // SAFETY: The kernel has written an event there.
+        let event = unsafe { self.buffer.at(0).cast::<Event>().read_unaligned() };
+        let expected = Record::new(self.map, page..page + 1, 7, hit, UNMAPPED);
+        assert_eq!(Record::from(event), expected);
+    }
+
+    #[track_caller]
+    fn expect_count(&mut self, count: u32) {
+        assert_eq!(self.mr.destroy().unwrap(), count, "events reported");
+    }
+
+    /// A hit that no request has taken.
+    #[track_caller]
+    fn expect_not_taken(&mut self) {
+        self.map.unmap(1..2);
+        self.fixture.queue.set_nonblocking(true).unwrap();
+        self.fixture
+            .expect(&[Record::new(self.map, 1..2, 7, 1, UNMAPPED)]);
+        self.expect_count(1);
+    }
+}
+
+fn has_thread(name: &str) -> bool {
+    fs::read_dir("/proc/self/task").unwrap().any(|task| {
+        let comm = task.unwrap().path().join("comm");
+        fs::read_to_string(comm).is_ok_and(|comm| comm.starts_with(name))
+    })
+}
+
+/// Interface: what is there is read.
+#[test]
+fn read_of_what_is_there() {
+    let mut scene = Scene::new();
+    scene.map.unmap(0..1);
+    scene.submit(&scene.read());
+    scene.expect_event(0, 1);
+    scene.expect_count(1);
+}
+
+/// Interface: also by a worker of the kernel, which is no stranger.
+#[test]
+fn read_by_a_worker() {
+    let mut scene = Scene::new();
+    scene.map.unmap(0..1);
+    scene.submit(&scene.read().flags(Flags::ASYNC));
+    scene.expect_event(0, 1);
+    assert!(has_thread("iou-wrk-"), "no worker has read");
+    scene.expect_count(1);
+}
+
+/// Interface: also by the kernel's thread that polls the ring.
+#[test]
+fn read_by_the_polling_thread() {
+    let ring = IoUring::builder().setup_sqpoll(1000).build(8);
+    let mut scene = Scene::with(ring.expect("make a ring"));
+    scene.map.unmap(0..1);
+    scene.submit(&scene.read());
+    scene.expect_event(0, 1);
+    assert!(has_thread("iou-sqp-"), "no thread polls the ring");
+    scene.expect_count(1);
+}
+
+/// Interface: a read waits for a hit, in each way there is.
+#[test]
+fn read_waits() {
+    for flags in [Flags::empty(), Flags::ASYNC] {
+        let mut scene = Scene::new();
+        for page in 0..2 {
+            scene.submit(&scene.read().flags(flags));
+            scene.expect_waits();
+            scene.map.unmap(page..page + 1);
+            scene.expect_event(page, page as u64 + 1);
+        }
+        scene.expect_count(2);
+    }
+}
+
+/// Interface: with O_NONBLOCK it does not wait.
+#[test]
+fn read_nonblocking() {
+    let mut scene = Scene::new();
+    scene.fixture.queue.set_nonblocking(true).unwrap();
+    scene.submit(&scene.read());
+    scene.expect_completion(-libc::EAGAIN);
+    scene.map.unmap(0..1);
+    scene.submit(&scene.read());
+    scene.expect_event(0, 1);
+    scene.expect_count(1);
+}
+
+/// Interface: the end of the context completes a read that waits.
+#[test]
+fn read_waits_for_the_end() {
+    let mut scene = Scene::new();
+    scene.submit(&scene.read());
+    scene.expect_waits();
+    scene.fixture.context.disconnect().unwrap();
+    scene.expect_completion(-libc::EIO);
+    std::mem::forget(scene);
+}
+
+/// G4: a read that is cancelled consumes nothing.
+#[test]
+fn read_is_cancelled() {
+    let mut scene = Scene::new();
+    scene.submit(&scene.read());
+    scene.expect_waits();
+    scene.submit(&AsyncCancel::new(TAG).build());
+    let mut results: Vec<_> = (0..2)
+        .map(|_| scene.completion())
+        .map(|entry| (entry.user_data(), entry.result()))
+        .collect();
+    results.sort();
+    assert_eq!(results, [(0, 0), (TAG, -libc::ECANCELED)], "completions");
+    scene.expect_not_taken();
+}
+
+/// G4, G8: the ring is closed while a read and a poll wait in it.
+#[test]
+fn ring_is_closed() {
+    let mut scene = Scene::new();
+    scene.submit(&scene.read());
+    scene.submit(&PollAdd::new(scene.fd(), POLLIN as u32).multi(true).build());
+    scene.expect_waits();
+    scene.ring = IoUring::new(1).expect("make a ring");
+    scene.expect_not_taken();
+}
+
+/// G4: a buffer that faults is no reason to consume anything.
+#[test]
+fn buffer_faults() {
+    let mut scene = Scene::new();
+    scene.buffer.unmap(0..1);
+    scene.submit(&scene.read());
+    scene.map.unmap(0..1);
+    scene.expect_completion(-libc::EFAULT);
+    scene.fixture.queue.set_nonblocking(true).unwrap();
+    let expected = Record::new(scene.map, 0..1, 7, 1, UNMAPPED);
+    scene.fixture.expect(&[expected]);
+    scene.expect_count(1);
+}
+
+/// G4: a forked child gets nothing by way of an inherited ring.
+#[test]
+fn child_uses_the_ring() {
+    for flags in [Flags::empty(), Flags::ASYNC] {
+        let mut scene = Scene::new();
+        scene.map.unmap(0..1);
+        let child = in_child(|| {
+            scene.submit(&scene.read().flags(flags));
+            -scene.completion().result()
+        });
+        assert_eq!(child, Exit::Code(libc::EPERM), "read by a child");
+        scene.fixture.queue.set_nonblocking(true).unwrap();
+        let expected = Record::new(scene.map, 0..1, 7, 1, UNMAPPED);
+        scene.fixture.expect(&[expected]);
+        scene.expect_count(1);
+    }
+}
+
+fn read_one(queue: &NotifyQueue) {
+    let read = queue.read(&mut [Event::default(); 2]);
+    assert_eq!(read.expect("read"), 1, "events read");
+}
+
+/// Interface: a poll completes by a hit, or at once.
+#[test]
+fn poll() {
+    let mut scene = Scene::new();
+    let poll = PollAdd::new(scene.fd(), POLLIN as u32)
+        .build()
+        .user_data(TAG);
+    for page in 0..2 {
+        scene.submit(&poll);
+        scene.expect_waits();
+        scene.map.unmap(page..page + 1);
+        scene.expect_completion(POLLIN.into());
+        scene.submit(&poll);
+        scene.expect_completion(POLLIN.into());
+        read_one(&scene.fixture.queue);
+    }
+    scene.submit(&poll);
+    scene.expect_waits();
+    scene.fixture.context.disconnect().unwrap();
+    scene.expect_completion(POLLERR.into());
+    std::mem::forget(scene);
+}
+
+/// Interface: a multishot poll completes by each event that follows a drain to a
+/// short count, and by the end.
+#[test]
+fn poll_multishot() {
+    let mut scene = Scene::new();
+    let poll = PollAdd::new(scene.fd(), POLLIN as u32).multi(true);
+    scene.submit(&poll.build().user_data(TAG));
+    for page in 0..2 {
+        scene.expect_waits();
+        scene.map.unmap(page..page + 1);
+        let entry = scene.completion();
+        let seen = (entry.user_data(), entry.result());
+        assert_eq!(seen, (TAG, POLLIN.into()), "the completion");
+        assert!(cqueue::more(entry.flags()), "more is to come");
+        read_one(&scene.fixture.queue);
+    }
+    scene.expect_waits();
+    scene.fixture.context.disconnect().unwrap();
+    scene.expect_completion(POLLERR.into());
+    std::mem::forget(scene);
+}
