@@ -71,7 +71,9 @@ fn command(line: &str) -> Command {
     command
 }
 
-fn run(line: &str) {
+/// Runs a command, of words without quotes, which must succeed.
+#[track_caller]
+pub fn run(line: &str) {
     let status = command(line).status();
     assert!(
         status.as_ref().is_ok_and(|status| status.success()),

@@ -15,11 +15,13 @@
 //! - G8: any order of the ends of files, regions and processes is safe.
 
 mod device;
+mod kernel;
 mod map;
 mod process;
 mod userfault;
 
-pub use device::{Device, device, expect_no_regions};
+pub use device::{Device, device, expect_no_regions, run};
+pub use kernel::{FailingDereg, Hold, Ready, Stack, Warnings};
 pub use map::{Map, PAGE, memfd};
 pub use process::{Blocked, Child, Exit, in_child, stop, within};
 pub use userfault::Userfault;

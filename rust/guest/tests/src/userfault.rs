@@ -67,6 +67,17 @@ impl Userfault {
         });
     }
 
+    /// Fills `page` with what is in `from`, so that it is private and writable.
+    pub fn copy(&self, map: Map, page: usize, from: Map) {
+        self.call::<UFFDIO_COPY, _>(&mut uffdio_copy {
+            dst: map.at(page) as u64,
+            src: from.at(0) as u64,
+            len: PAGE as u64,
+            mode: 0,
+            copy: 0,
+        });
+    }
+
     /// Protects `pages` from writes, or allows them.
     pub fn protect(&self, map: Map, pages: Range<usize>, protect: bool) {
         // UFFDIO_WRITEPROTECT_MODE_WP is bit 0.

@@ -120,23 +120,35 @@ impl QpPair {
         };
         wr.wr.rdma.remote_addr = remote.addr;
         wr.wr.rdma.rkey = remote.key;
-        let (mut bad_wr, mut wc) = (ptr::null_mut(), ibv_wc::default());
-        let (qp, cq) = (self.requester.as_ptr(), self.cq.as_ptr());
-        // SAFETY: QP, CQ and so their context are valid. The device touches
+        let (mut bad_wr, qp) = (ptr::null_mut(), self.as_ptr());
+        // SAFETY: The QP and so its context are valid. The device touches
         // registered memory only, which `Mr::reg` has been promised.
         unsafe {
-            let ops = &(*(*qp).context).ops;
-            let (post_send, poll_cq) = (ops.post_send, ops.poll_cq);
+            let post_send = (*(*qp).context).ops.post_send;
             check(post_send.ok_or(Errno::OPNOTSUPP)?(qp, &mut wr, &mut bad_wr))?;
-            // The transport's own timeout ends this in any case.
-            loop {
-                match poll_cq.ok_or(Errno::OPNOTSUPP)?(cq, 1, &mut wc) {
-                    0 => hint::spin_loop(),
-                    1 => return Ok(wc.status),
-                    _ => return Err(Errno::IO.into()),
-                }
+        }
+        self.wait()
+    }
+
+    /// Waits for the completion of what was posted last, and returns its status.
+    pub fn wait(&self) -> io::Result<ibv_wc_status> {
+        let (cq, mut wc) = (self.cq.as_ptr(), ibv_wc::default());
+        // SAFETY: The CQ is valid, and so is its context.
+        let poll_cq = unsafe { (*(*cq).context).ops.poll_cq }.ok_or(Errno::OPNOTSUPP)?;
+        // The transport's own timeout ends this in any case.
+        loop {
+            // SAFETY: As above; there is room for one completion.
+            match unsafe { poll_cq(cq, 1, &mut wc) } {
+                0 => hint::spin_loop(),
+                1 => return Ok(wc.status),
+                _ => return Err(Errno::IO.into()),
             }
         }
+    }
+
+    /// libibverbs' own QP, for calls that this crate does not wrap.
+    pub fn as_ptr(&self) -> *mut ibv_qp {
+        self.requester.as_ptr()
     }
 }
 

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What happens inside of the kernel: where its tasks are, and the devices of the
+//! tests' own module, ci/module/mmu_notify_test.c.
+
+use crate::{
+    device::run,
+    map::{Map, PAGE},
+};
+use rustix::io::{read, write};
+use std::{
+    env,
+    fs::File,
+    io,
+    ops::Range,
+    os::{fd::AsFd, unix::fs::FileExt},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread::{self, JoinHandle},
+};
+
+/// Opens a device of the module.
+fn open(name: &str) -> File {
+    let modules = env::var("MODULES").expect("MODULES, which the guest sets");
+    run(&format!("modprobe -d {modules} mmu_notify_test"));
+    let device = File::options().read(true).write(true).open(name);
+    device.unwrap_or_else(|e| panic!("{name}: {e}"))
+}
+
+fn command(file: impl AsFd, words: &[&[u8]]) {
+    let bytes = words.concat();
+    let len = write(file, &bytes).expect("write to the tests' module");
+    assert_eq!(len, bytes.len(), "bytes written to the tests' module");
+}
+
+fn count(file: impl AsFd) -> u32 {
+    let mut bytes = [0; 4];
+    let len = read(file, &mut bytes).expect("read from the tests' module");
+    assert_eq!(len, bytes.len(), "bytes read from the tests' module");
+    u32::from_ne_bytes(bytes)
+}
+
+/// Holds invalidations in flight: who changes the mapping of this process sleeps
+/// when the interval notifiers have been called, and the page table is as it was.
+///
+/// `mmap_lock` may be held meanwhile: nothing may be mapped, nor any memory be
+/// allocated, before [`Self::release`].
+pub struct Hold(File);
+
+impl Hold {
+    /// Holds nothing yet.
+    #[expect(clippy::new_without_default)]
+    pub fn new() -> Self {
+        Self(open("/dev/mmu_notify_hold"))
+    }
+
+    /// What concerns `pages` will be held.
+    pub fn arm(&self, map: Map, pages: Range<usize>) {
+        self.set(map.at(pages.start) as u64, map.at(pages.end) as u64);
+    }
+
+    /// Waits until an invalidation is held.
+    pub fn wait(&self) {
+        read(&self.0, &mut [0; 1]).expect("wait for an invalidation");
+    }
+
+    /// Lets what is held go on; nothing more is held.
+    pub fn release(&self) {
+        self.set(0, 0);
+    }
+
+    fn set(&self, start: u64, end: u64) {
+        // No allocation.
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&start.to_ne_bytes());
+        bytes[8..].copy_from_slice(&end.to_ne_bytes());
+        write(&self.0, &bytes).expect("tell what to hold");
+    }
+}
+
+/// Lets a driver fail to deregister regions. What the kernel gives up for that
+/// is freed when the device is removed, if this lives then.
+pub struct FailingDereg {
+    file: File,
+    device: String,
+}
+
+impl FailingDereg {
+    /// The next `times` deregistrations of the device will fail with `EIO`.
+    pub fn new(device: &str, times: u32) -> Self {
+        let this = Self {
+            file: open("/dev/mmu_notify_fail"),
+            device: device.to_owned(),
+        };
+        this.again(times);
+        this
+    }
+
+    /// The next `times` will.
+    pub fn again(&self, times: u32) {
+        let mut name = [0; 64];
+        name[..self.device.len()].copy_from_slice(self.device.as_bytes());
+        let error = -libc::EIO;
+        command(
+            &self.file,
+            &[&name, &error.to_ne_bytes(), &times.to_ne_bytes()],
+        );
+    }
+
+    /// How many have failed.
+    pub fn failed(&self) -> u32 {
+        count(&self.file)
+    }
+}
+
+/// Warnings of the kernel that are expected, as the core warns of a driver that
+/// fails. They are counted rather than printed.
+pub struct Warnings(File);
+
+impl Warnings {
+    /// Of no task yet.
+    #[expect(clippy::new_without_default)]
+    pub fn new() -> Self {
+        Self(open("/dev/mmu_notify_warn"))
+    }
+
+    /// Of this thread.
+    pub fn here() -> Self {
+        let this = Self::new();
+        this.begin().expect("expect warnings");
+        this
+    }
+
+    /// From now on of this thread, and of what it executes. To be called once.
+    pub fn begin(&self) -> io::Result<()> {
+        write(&self.0, &[0])?;
+        Ok(())
+    }
+
+    /// How many there were.
+    pub fn count(&self) -> u32 {
+        count(&self.0)
+    }
+}
+
+/// Where in the kernel a task is.
+pub struct Stack(File);
+
+impl Stack {
+    /// Of `task`, its name in /proc.
+    pub fn of(task: &str) -> Self {
+        Self(File::open(format!("/proc/{task}/stack")).expect("open the stack of a task"))
+    }
+
+    /// Whether the task is in `function`. Allocates nothing.
+    pub fn shows(&self, function: &str) -> bool {
+        let mut text = [0; PAGE];
+        // The task may be gone.
+        let len = self.0.read_at(&mut text, 0).unwrap_or(0);
+        let mut lines = text[..len].split(|&byte| byte == b'\n');
+        lines.any(|line| {
+            let frame = line.strip_prefix(b"[<0>] ").unwrap_or_default();
+            frame
+                .strip_prefix(function.as_bytes())
+                .is_some_and(|rest| rest.starts_with(b"+"))
+        })
+    }
+}
+
+/// A thread that is made now, and begins later on.
+pub struct Ready<T> {
+    thread: JoinHandle<T>,
+    stack: Stack,
+    go: Arc<AtomicBool>,
+}
+
+impl<T: Send + 'static> Ready<T> {
+    /// Will run `run`.
+    pub fn new(run: impl FnOnce() -> T + Send + 'static) -> Self {
+        let (send, receive) = mpsc::channel();
+        let go = Arc::new(AtomicBool::new(false));
+        let begin = go.clone();
+        let thread = thread::spawn(move || {
+            send.send(Stack::of("thread-self")).expect("send the stack");
+            while !begin.load(Ordering::Acquire) {
+                thread::park();
+            }
+            run()
+        });
+        let stack = receive.recv().expect("receive the stack");
+        Self { thread, stack, go }
+    }
+
+    /// Lets it begin. Allocates nothing.
+    pub fn go(&self) {
+        self.go.store(true, Ordering::Release);
+        self.thread.thread().unpark();
+    }
+
+    /// Waits until the thread is in a function of the kernel, or returns false if
+    /// it ended. Allocates nothing.
+    pub fn reaches(&self, function: &str) -> bool {
+        loop {
+            if self.stack.shows(function) {
+                return true;
+            }
+            if self.thread.is_finished() {
+                return false;
+            }
+            thread::yield_now();
+        }
+    }
+
+    /// Where it is.
+    pub fn stack(&self) -> &Stack {
+        &self.stack
+    }
+
+    /// Waits for the result.
+    pub fn join(self) -> T {
+        self.thread.join().expect("the thread panicked")
+    }
+}

@@ -1,0 +1,484 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Responses that cannot be copied out, and drivers that fail to deregister.
+
+use rustix::{event::PollFlags, io::Errno, ioctl::opcode, mm::MprotectFlags};
+use std::{
+    io, mem,
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::process::CommandExt,
+    },
+    process::Command,
+    ptr,
+};
+use uverbs_mmu_notify::{Context, Event, Mr, MrArgs, QpPair, Request, sys::uapi::*, sys::verbs::*};
+use uverbs_mmu_notify_tests::*;
+
+/// Times enough that a driver fails for as long as it is asked.
+const ALWAYS: u32 = 1000;
+
+fn attr(id: u32, len: u16, data: u64) -> ib_uverbs_attr {
+    let mut attr = ib_uverbs_attr {
+        attr_id: id as u16,
+        len,
+        flags: UVERBS_ATTR_F_MANDATORY as u16,
+        ..Default::default()
+    };
+    attr.__bindgen_anon_1.data = data;
+    attr
+}
+
+/// Where the kernel fails to write its answer.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    /// To the attribute itself: a handle, or the mark that an output is valid.
+    Attr(u32),
+    /// To the output that the attribute points to.
+    Output(u32),
+}
+
+/// REG_MR of `args` with all the responses there are, one of which faults: it must
+/// fail with that. Returns the handle that the region would have had.
+#[track_caller]
+fn reg_faults(fixture: &Fixture, args: &MrArgs, fault: Fault) -> u32 {
+    let outputs = Map::new(2);
+    outputs.unmap(1..2);
+    let at = |id, offset| match fault {
+        Fault::Output(faulty) if faulty == id => outputs.at(1) as u64,
+        _ => outputs.at(0) as u64 + offset,
+    };
+    let fd = args.notify_fd.expect("watched") as u64;
+    let cookie = args.cookie.expect("watched");
+    let mut attrs = vec![
+        attr(UVERBS_ATTR_REG_MR_HANDLE, 0, 0),
+        attr(UVERBS_ATTR_REG_MR_PD_HANDLE, 0, fixture.pd.handle().into()),
+        attr(UVERBS_ATTR_REG_MR_IOVA, 8, args.addr),
+        attr(UVERBS_ATTR_REG_MR_ADDR, 8, args.addr),
+        attr(UVERBS_ATTR_REG_MR_LENGTH, 8, args.length),
+        attr(UVERBS_ATTR_REG_MR_ACCESS_FLAGS, 8, args.access.into()),
+        attr(UVERBS_ATTR_REG_MR_NOTIFY_FD, 0, fd),
+        attr(UVERBS_ATTR_REG_MR_NOTIFY_COOKIE, 8, cookie),
+        attr(UVERBS_ATTR_UHW_IN, 8, 0),
+        attr(UVERBS_ATTR_UHW_OUT, 8, at(UVERBS_ATTR_UHW_OUT, 16)),
+        attr(
+            UVERBS_ATTR_REG_MR_RESP_LKEY,
+            4,
+            at(UVERBS_ATTR_REG_MR_RESP_LKEY, 0),
+        ),
+        attr(
+            UVERBS_ATTR_REG_MR_RESP_RKEY,
+            4,
+            at(UVERBS_ATTR_REG_MR_RESP_RKEY, 8),
+        ),
+    ];
+    let protect = matches!(fault, Fault::Attr(_));
+    if let Fault::Attr(faulty) = fault {
+        attrs.sort_by_key(|attr| u32::from(attr.attr_id) == faulty);
+    }
+    let (ret, handle) = reg_mr(&fixture.context, &attrs, protect);
+    expect_errno(ret, Errno::FAULT, &format!("{fault:?}"));
+    handle
+}
+
+/// Calls REG_MR with attributes of which the last is on a page of its own, which
+/// is read-only if `protect`. Returns the handle as well.
+fn reg_mr(context: &Context, attrs: &[ib_uverbs_attr], protect: bool) -> (io::Result<()>, u32) {
+    const CALL: u32 = opcode::read_write::<ib_uverbs_ioctl_hdr>(RDMA_IOCTL_MAGIC as u8, 1);
+    let header = ib_uverbs_ioctl_hdr {
+        length: (size_of::<ib_uverbs_ioctl_hdr>() + size_of_val(attrs)) as u16,
+        object_id: UVERBS_OBJECT_MR as u16,
+        method_id: UVERBS_METHOD_REG_MR as u16,
+        num_attrs: attrs.len() as u16,
+        driver_id: context.driver_id(),
+        ..Default::default()
+    };
+    let request = Map::new(2);
+    // SAFETY: Both fit in the two pages, and are aligned.
+    let (header, first) = unsafe {
+        let first: *mut ib_uverbs_attr = request.at(1).cast();
+        let first = first.sub(attrs.len() - 1);
+        ptr::copy_nonoverlapping(attrs.as_ptr(), first, attrs.len());
+        let at: *mut ib_uverbs_ioctl_hdr = first.cast();
+        let at = at.sub(1);
+        at.write(header);
+        (at, first)
+    };
+    if protect {
+        request.protect(1..2, MprotectFlags::READ);
+    }
+    // SAFETY: The attributes point to maps.
+    let ret = match unsafe { libc::ioctl(context.as_fd().as_raw_fd(), CALL.into(), header) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    // SAFETY: There are as many attributes, and all members of the union are plain.
+    let handle = (0..attrs.len()).find_map(|n| unsafe {
+        let attr = first.add(n).read();
+        let is_handle = u32::from(attr.attr_id) == UVERBS_ATTR_REG_MR_HANDLE;
+        is_handle.then_some(attr.__bindgen_anon_1.data as u32)
+    });
+    (ret, handle.expect("the handle"))
+}
+
+/// To register two pages that the pin replaces: the region is born stale.
+fn born_stale(fixture: &Fixture) -> (Map, MrArgs) {
+    let map = Map::untouched(2);
+    assert_eq!((map.load(0), map.load(1)), (0, 0), "new memory");
+    (map, fixture.args(map, 0..2, 7))
+}
+
+/// G3, G8: wherever the response to a registration faults, nothing is reported,
+/// also not if there would have been something at once, and nothing stays.
+#[test]
+fn response_faults() {
+    let fixture = Fixture::new();
+    let mut faults = vec![
+        Fault::Attr(UVERBS_ATTR_REG_MR_RESP_LKEY),
+        Fault::Output(UVERBS_ATTR_REG_MR_RESP_LKEY),
+        Fault::Attr(UVERBS_ATTR_REG_MR_RESP_RKEY),
+        Fault::Output(UVERBS_ATTR_REG_MR_RESP_RKEY),
+        Fault::Attr(UVERBS_ATTR_UHW_OUT),
+        Fault::Attr(UVERBS_ATTR_REG_MR_HANDLE),
+    ];
+    // soft-RoCE has no response of its own.
+    if fixture.context.driver_id() == RDMA_DRIVER_SIW {
+        faults.push(Fault::Output(UVERBS_ATTR_UHW_OUT));
+    }
+    for fault in faults {
+        let clean = Map::new(2);
+        let stale = born_stale(&fixture);
+        for (map, args) in [(clean, fixture.args(clean, 0..2, 7)), stale] {
+            reg_faults(&fixture, &args, fault);
+            fixture.expect_quiet_since(0, &format!("{fault:?}"));
+            expect_no_regions();
+            map.unmap(0..2);
+            fixture.expect_quiet_since(0, &format!("munmap after {fault:?}"));
+        }
+    }
+}
+
+/// MR_DESTROY whose answer cannot be written.
+#[track_caller]
+fn destroy_faults(fixture: &Fixture, mr: Mr) {
+    let output = Map::new(1);
+    output.unmap(0..1);
+    let id = UVERBS_ATTR_DESTROY_MR_RESP_EVENTS_REPORTED;
+    let request = Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_MR_DESTROY)
+        .object(UVERBS_ATTR_DESTROY_MR_HANDLE, mr.handle().into());
+    // SAFETY: It points to a map.
+    let mut request = unsafe { request.raw(attr(id, 4, output.at(0) as u64)) };
+    expect_errno(
+        fixture.context.call(&mut request),
+        Errno::FAULT,
+        "MR_DESTROY",
+    );
+    mem::forget(mr);
+}
+
+/// G5, G8: the region is gone if its count could not be written, and what waited
+/// to be read of it as well.
+#[test]
+fn response_of_deregistration_faults() {
+    let fixture = Fixture::new();
+    let map = Map::new(2);
+    let mr = fixture.watch(map, 0..2, 7);
+    map.unmap(0..1);
+    let before = fixture.page.load();
+    destroy_faults(&fixture, mr);
+    expect_no_regions();
+    map.unmap(1..2);
+    fixture.expect_quiet_since(before, "the deregistration");
+}
+
+/// A memory window that is bound to a region: soft-RoCE does not deregister that.
+struct Window {
+    window: *mut ibv_mw,
+    pair: QpPair,
+}
+
+impl Window {
+    fn new(fixture: &Fixture) -> Self {
+        let pair = QpPair::connect(&fixture.pd).expect("connect two queue pairs");
+        // SAFETY: The PD and its context are valid.
+        let window = unsafe {
+            let alloc = (*fixture.context.as_ptr()).ops.alloc_mw.expect("alloc_mw");
+            alloc(fixture.pd.as_ptr(), IBV_MW_TYPE_1)
+        };
+        assert!(!window.is_null(), "{}", io::Error::last_os_error());
+        Self { window, pair }
+    }
+
+    /// Binds it to a region of `map`.
+    fn bind(&self, fixture: &Fixture, map: Map, mr: &Mr) {
+        let mut region = ibv_mr {
+            context: fixture.context.as_ptr(),
+            pd: fixture.pd.as_ptr(),
+            addr: map.void(0),
+            length: PAGE,
+            handle: mr.handle(),
+            lkey: mr.lkey(),
+            rkey: mr.rkey(),
+        };
+        let mut bind = ibv_mw_bind {
+            bind_info: ibv_mw_bind_info {
+                mr: &mut region,
+                addr: map.at(0) as u64,
+                length: PAGE as u64,
+                mw_access_flags: IBV_ACCESS_REMOTE_WRITE,
+            },
+            ..Default::default()
+        };
+        // SAFETY: All objects are valid.
+        let ret = unsafe {
+            let bind_mw = (*fixture.context.as_ptr()).ops.bind_mw.expect("bind_mw");
+            bind_mw(self.pair.as_ptr(), self.window, &mut bind)
+        };
+        assert_eq!(ret, 0, "bind a memory window");
+        let status = self.pair.wait().expect("wait for the completion");
+        assert_eq!(status, IBV_WC_SUCCESS, "the work completion");
+    }
+
+    fn free(self) {
+        // SAFETY: The window is valid, and not used again.
+        let ret = unsafe {
+            let dealloc = (*(*self.window).context)
+                .ops
+                .dealloc_mw
+                .expect("dealloc_mw");
+            dealloc(self.window)
+        };
+        assert_eq!(ret, 0, "free a memory window");
+    }
+}
+
+/// To watch `pages` pages of `map`, to which a window can be bound.
+fn bindable(fixture: &Fixture, map: Map, pages: usize) -> Mr {
+    let mut args = fixture.args(map, 0..pages, 7);
+    args.access |= IBV_ACCESS_MW_BIND;
+    reg(&fixture.pd, &args)
+}
+
+/// The pages of `map`, which is watched by `fixture`, are unmapped from the first
+/// on, and each is to be reported.
+#[track_caller]
+fn expect_hit(fixture: &Fixture, map: Map, page: usize) {
+    let generation = fixture.page.load() + 1;
+    map.unmap(page..page + 1);
+    fixture.expect(&[Record::new(map, page..page + 1, 7, generation, UNMAPPED)]);
+}
+
+/// G5, G8: a region that the driver does not deregister stays watched, and when
+/// it does the count is of all that was delivered. `allow` lets it.
+#[track_caller]
+fn destroy_fails(fixture: &Fixture, map: Map, mut mr: Mr, errno: Errno, allow: impl FnOnce()) {
+    expect_hit(fixture, map, 0);
+    expect_errno(mr.destroy(), errno, "MR_DESTROY");
+    expect_hit(fixture, map, 1);
+    map.unmap(2..3);
+    expect_errno(mr.destroy(), errno, "MR_DESTROY with an event pending");
+    assert_eq!(read_all(&fixture.queue).len(), 1, "events read");
+    allow();
+    map.unmap(3..4);
+    let before = fixture.page.load();
+    assert_eq!(mr.destroy().expect("deregister"), 3, "events reported");
+    map.unmap(4..5);
+    fixture.expect_quiet_since(before, "what came after the deregistration");
+}
+
+/// By a bound window.
+#[test]
+fn destroy_fails_for_a_window() {
+    let fixture = Fixture::new();
+    let map = Map::new(5);
+    let mr = bindable(&fixture, map, 5);
+    let window = Window::new(&fixture);
+    window.bind(&fixture, map, &mr);
+    destroy_fails(&fixture, map, mr, Errno::INVAL, || window.free());
+    expect_no_regions();
+}
+
+/// By injection.
+#[test]
+fn destroy_fails_in_the_driver() {
+    let fixture = Fixture::new();
+    let map = Map::new(5);
+    let mr = fixture.watch(map, 0..5, 7);
+    let fail = FailingDereg::new(&device(), ALWAYS);
+    destroy_fails(&fixture, map, mr, Errno::IO, || fail.again(0));
+    assert_eq!(fail.failed(), 2, "deregistrations that failed");
+    expect_no_regions();
+}
+
+/// G3, G8: the response to a registration faults, and the driver does not
+/// deregister what it had registered. The core keeps the region then, and warns.
+/// It never went live, so it reports nothing, whatever is done with it.
+fn abort_fails(fixture: &Fixture, fail: &FailingDereg, end: impl FnOnce(u32)) {
+    let (map, args) = born_stale(fixture);
+    let warnings = Warnings::here();
+    let failed = fail.failed();
+    let handle = reg_faults(fixture, &args, Fault::Output(UVERBS_ATTR_REG_MR_RESP_RKEY));
+    assert_eq!(fail.failed(), failed + 1, "deregistrations that failed");
+    assert_eq!(warnings.count(), 1, "warnings");
+    drop(warnings);
+    map.unmap(0..1);
+    end(handle);
+    map.unmap(1..2);
+}
+
+/// It is deregistered by its handle after all.
+#[test]
+fn abort_fails_once() {
+    let fixture = Fixture::new();
+    let fail = FailingDereg::new(&device(), 1);
+    abort_fails(&fixture, &fail, |handle| {
+        fixture.expect_quiet_since(0, "a region that never went live");
+        let reported = destroy_handle(&fixture.context, handle, 0x5a5a);
+        assert_eq!(reported, 0, "events reported");
+    });
+    fixture.expect_quiet_since(0, "all of it");
+}
+
+/// The context is closed.
+#[test]
+fn abort_fails_once_and_context_closed() {
+    let fixture = Fixture::new();
+    let fail = FailingDereg::new(&device(), 1);
+    abort_fails(&fixture, &fail, |_| {
+        fixture.expect_quiet_since(0, "a region that never went live");
+        fixture.context.disconnect().expect("close the context");
+    });
+    assert_closed(&fixture, 0);
+}
+
+/// The queue of the fixture must be closed, and have been bumped once for that.
+#[track_caller]
+fn assert_closed(fixture: &Fixture, before: u64) {
+    const NOW: rustix::event::Timespec = rustix::event::Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    assert_eq!(fixture.page.load(), before + 1, "generation");
+    let read = fixture.queue.read(&mut [Event::default()]);
+    expect_errno(read, Errno::IO, "read()");
+    let ready = fixture.queue.poll(Some(NOW)).expect("poll");
+    assert_eq!(ready, PollFlags::ERR, "poll()");
+}
+
+/// G8: a context with two watched regions, of which one has an event pending, is
+/// closed, and the driver fails `times`. Nothing is reported after that.
+#[track_caller]
+fn close_fails(device: &str, times: u32, warnings: u32) -> FailingDereg {
+    let fixture = Fixture::on(device);
+    let map = Map::new(3);
+    mem::forget([fixture.watch(map, 0..3, 7), fixture.watch(map, 1..3, 8)]);
+    map.unmap(0..1);
+    let before = fixture.page.load();
+
+    let fail = FailingDereg::new(device, times);
+    let warned = Warnings::here();
+    fixture.context.disconnect().expect("close the context");
+    assert_eq!(warned.count(), warnings, "warnings");
+    assert!(fail.failed() >= times.min(2), "deregistrations that failed");
+    assert_closed(&fixture, before);
+    map.unmap(1..2);
+    assert_closed(&fixture, before);
+    fail
+}
+
+/// The core tries again, and succeeds.
+#[test]
+fn close_fails_at_first() {
+    close_fails(&device(), 2, 0);
+    expect_no_regions();
+}
+
+/// The core gives the regions up, and warns.
+#[test]
+fn close_fails_for_good() {
+    let device = Device::new("failing0", "rxe");
+    let _fail = close_fails(device.name(), ALWAYS, 1);
+    device.remove();
+}
+
+/// By a window that is older than the region, and so destroyed after it.
+#[test]
+fn close_fails_for_a_window() {
+    let fixture = Fixture::new();
+    let map = Map::new(2);
+    let window = Window::new(&fixture);
+    let mr = bindable(&fixture, map, 2);
+    window.bind(&fixture, map, &mr);
+    mem::forget(mr);
+    map.unmap(0..1);
+    let before = fixture.page.load();
+    fixture.context.disconnect().expect("close the context");
+    mem::forget(window);
+    map.unmap(1..2);
+    assert_closed(&fixture, before);
+    expect_no_regions();
+}
+
+/// G8: the same when the process exits.
+#[test]
+fn exit_fails_for_good() {
+    let device = Device::new("failing1", "rxe");
+    let fail = FailingDereg::new(device.name(), ALWAYS);
+    let warnings = Warnings::new();
+    let child = in_child(|| {
+        warnings.begin().expect("expect warnings");
+        let fixture = Fixture::on(device.name());
+        let map = Map::new(2);
+        mem::forget(fixture.watch(map, 0..2, 7));
+        map.unmap(0..1);
+        mem::forget(fixture);
+        0
+    });
+    assert_eq!(child, Exit::Code(0), "the child");
+    assert_eq!(warnings.count(), 1, "warnings");
+    assert!(fail.failed() > 0, "deregistrations that failed");
+    device.remove();
+}
+
+/// G5, G8: the device is removed, and the driver fails `times`. Nothing is
+/// reported after that, and the count of what was is to be had, and exact.
+#[track_caller]
+fn removal_fails(name: &'static str, times: u32, warnings: u32) {
+    let device = Device::new(name, "rxe");
+    let fixture = Fixture::on(name);
+    let map = Map::new(3);
+    let mr = fixture.watch(map, 0..3, 7);
+    expect_hit(&fixture, map, 0);
+    map.unmap(1..2);
+    let before = fixture.page.load();
+
+    let fail = FailingDereg::new(name, times);
+    let warned = std::sync::Arc::new(Warnings::new());
+    let mut removal = Command::new("rdma");
+    removal.args(["link", "delete", device.name()]);
+    let begin = warned.clone();
+    // SAFETY: It makes one system call.
+    unsafe { removal.pre_exec(move || begin.begin()) };
+    let status = removal.status().expect("run rdma");
+    assert!(status.success(), "rdma link delete: {status}");
+    assert_eq!(warned.count(), warnings, "warnings");
+    assert!(fail.failed() > 0, "deregistrations that failed");
+
+    assert_closed(&fixture, before);
+    map.unmap(2..3);
+    assert_closed(&fixture, before);
+    let reported = destroy_handle(&fixture.context, mr.handle(), 0x5a5a);
+    assert_eq!(reported, 1, "events reported");
+    mem::forget(mr);
+}
+
+/// The core tries again, and succeeds.
+#[test]
+fn removal_fails_at_first() {
+    removal_fails("failing2", 1, 0);
+}
+
+/// The core gives the region up, and warns.
+#[test]
+fn removal_fails_for_good() {
+    removal_fails("failing3", ALWAYS, 1);
+}

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Registration, and the ends of things, while the mapping is being changed. The
+//! order of events is forced, by the tests' kernel module and by userfaultfd.
+
+use rustix::io::Errno;
+use std::{io, mem};
+use uverbs_mmu_notify::{Mr, sys::verbs::*};
+use uverbs_mmu_notify_tests::*;
+
+const IOCTL: &[libc::c_long] = &[libc::SYS_ioctl];
+
+/// Where the kernel waits for invalidations in flight before it pins, and before
+/// a watch ends.
+const BEFORE_PIN: &str = "mmu_interval_read_begin";
+const BEFORE_END: &str = "mmu_interval_notifier_remove";
+
+/// Registers a page while `change` of its mapping is in flight: who was there to
+/// be called has been, and the page is still mapped. Returns the result, and
+/// whether the registration waited for the change.
+fn in_flight(fixture: &Fixture, map: Map, change: fn(Map)) -> (io::Result<Mr>, bool) {
+    let (pd, args) = (fixture.pd.clone(), fixture.args(map, 0..1, 7));
+    let hold = Hold::new();
+    // None can be made while mmap_lock is held.
+    let registrar = Ready::new(move || try_reg(&pd, &args));
+    let changer = Ready::new(move || change(map));
+
+    hold.arm(map, 0..1);
+    changer.go();
+    hold.wait();
+    registrar.go();
+    let waited = registrar.reaches(BEFORE_PIN);
+    hold.release();
+    changer.join();
+    (registrar.join(), waited)
+}
+
+/// G3: what the registration pins is mapped, or an event says that it is not.
+#[track_caller]
+fn is_fresh_or_told(change: fn(Map)) {
+    let fixture = Fixture::new();
+    let peer = Peer::new(&fixture.pd);
+    let map = Map::new(1);
+    let (mr, waited) = in_flight(&fixture, map, change);
+    let mr = mr.expect("register");
+
+    let events = read_all(&fixture.queue);
+    let status = peer.write(map.at(0), mr.rkey(), 0x5a);
+    assert_eq!(status, IBV_WC_SUCCESS, "the work completion");
+    assert!(
+        map.load(0) == 0x5a || !events.is_empty(),
+        "RDMA does not reach what is mapped, and no event says so"
+    );
+    assert!(waited, "expected the registration to wait for the change");
+}
+
+/// G3: the pages are given up.
+#[test]
+fn given_up_in_flight() {
+    is_fresh_or_told(|map| map.dont_need(0..1));
+}
+
+/// G3: another mapping comes in their place.
+#[test]
+fn mapped_over_in_flight() {
+    is_fresh_or_told(|map| map.map_over(0..1));
+}
+
+/// G3: the mapping goes, so that there is nothing to register any more. That is
+/// not reported.
+#[test]
+fn unmapped_in_flight() {
+    let fixture = Fixture::new();
+    let map = Map::new(1);
+    let (mr, waited) = in_flight(&fixture, map, |map| map.unmap(0..1));
+    expect_errno(mr, Errno::FAULT, "REG_MR of what is being unmapped");
+    assert!(waited, "expected the registration to wait for the change");
+    fixture.expect_quiet_since(0, "the failed registration");
+}
+
+/// Registers four pages. The pin has the first two when it has to wait for the
+/// third; then `change` is made. Nothing may be reported by then.
+#[track_caller]
+fn during_pin(fixture: &Fixture, map: Map, change: impl FnOnce()) -> io::Result<Mr> {
+    let from = Map::new(1);
+    map.dont_need(2..3);
+    let fault = Userfault::missing(map, 2..3);
+    let before = fixture.page.load();
+    let (pd, args) = (fixture.pd.clone(), fixture.args(map, 0..4, 7));
+    let registrar = Blocked::spawn(IOCTL, move || try_reg(&pd, &args));
+    assert_eq!(
+        fault.wait_for_fault(),
+        map.at(2) as u64,
+        "the page it is at"
+    );
+
+    change();
+    fixture.expect_quiet_since(before, "what was hit during the pin");
+    fault.copy(map, 2, from);
+    registrar.join()
+}
+
+/// Waiting alone makes nothing stale, which the tests below rely on.
+#[test]
+fn pin_waits() {
+    let fixture = Fixture::new();
+    let _mr = during_pin(&fixture, Map::new(4), || ()).expect("register");
+    fixture.expect_quiet_since(0, "the registration");
+}
+
+/// G3: pages that are pinned already are given up, and unmapped: when the
+/// registration returns there is one event for both.
+#[test]
+fn hit_during_the_pin() {
+    let fixture = Fixture::new();
+    let map = Map::new(4);
+    let mut mr = during_pin(&fixture, map, || {
+        map.dont_need(0..1);
+        map.unmap(1..2);
+    })
+    .expect("register");
+    assert_eq!(fixture.page.load(), 1, "the generation at the return");
+    fixture.expect(&[Record::new(map, 0..2, 7, 1, MAYBE_STALE | UNMAPPED)]);
+    assert_eq!(mr.destroy().unwrap(), 1, "events reported");
+}
+
+/// G3: the same, but the registration fails after that, at the page that is
+/// missing then. Nothing is reported.
+#[test]
+fn hit_during_the_pin_that_fails() {
+    let fixture = Fixture::new();
+    let map = Map::new(4);
+    let mr = during_pin(&fixture, map, || {
+        map.dont_need(0..1);
+        map.unmap(3..4);
+    });
+    expect_errno(mr, Errno::FAULT, "REG_MR of what was unmapped");
+    fixture.expect_quiet_since(0, "the failed registration");
+    expect_no_regions();
+    map.unmap(0..3);
+    fixture.expect_quiet_since(0, "munmap of what was not registered");
+}
+
+/// A queue whose context is just being destroyed is closed by its file as well.
+/// The lock that release wants is taken (uverbs_uobject_release()), and the end of
+/// the context comes to the queue later. `destroy` begins the destruction, returns
+/// a stack to see where it is, and in the end whether it went well.
+#[track_caller]
+fn released_while_destroyed<T>(
+    fixture: Fixture,
+    destroy: impl FnOnce(&Fixture) -> T,
+    stack: impl Fn(&T) -> &Stack,
+    end: impl FnOnce(T),
+) {
+    let map = Map::new(2);
+    // The youngest object is destroyed first: before the queue.
+    mem::forget(fixture.watch(map, 0..2, 7));
+    let hold = Hold::new();
+    let changer = Ready::new(move || map.dont_need(0..1));
+    hold.arm(map, 0..1);
+    changer.go();
+    hold.wait();
+
+    let destroyer = destroy(&fixture);
+    let stuck = || {
+        let stack = stack(&destroyer);
+        stack.shows(BEFORE_END) && stack.shows("uverbs_destroy_ufile_hw")
+    };
+    while !stuck() {
+        std::thread::yield_now();
+    }
+    let Fixture { queue, page, .. } = fixture;
+    drop((page, queue));
+    assert!(stuck(), "expected the destruction to go on");
+    hold.release();
+    changer.join();
+    end(destroyer);
+}
+
+/// G8, G6: the context is closed.
+#[test]
+fn released_while_the_context_is_closed() {
+    let fixture = Fixture::new();
+    let closer = |fixture: &Fixture| {
+        let context = fixture.context.clone();
+        let closer = Ready::new(move || context.disconnect());
+        closer.go();
+        closer
+    };
+    released_while_destroyed(fixture, closer, Ready::stack, |closer| {
+        closer.join().expect("close the context");
+    });
+    expect_no_regions();
+}
+
+/// G8, G6: the device is removed.
+#[test]
+fn released_while_the_device_is_removed() {
+    let device = Device::new("contended0", "rxe");
+    let begin = |_: &Fixture| {
+        let removal = device.begin_removal();
+        let stack = Stack::of(&removal.id().to_string());
+        (removal, stack)
+    };
+    released_while_destroyed(
+        Fixture::on(device.name()),
+        begin,
+        |(_, stack)| stack,
+        |(mut removal, _)| {
+            assert!(removal.wait().expect("wait for rdma").success(), "rdma");
+        },
+    );
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: GPL-2.0
+//! G8: no part of the kernel's module is used when it goes away.
+
+use rustix::io::Errno;
+use std::{env, mem, path::Path, process::Command};
+use uverbs_mmu_notify::Event;
+use uverbs_mmu_notify_tests::*;
+
+const MODULES: [&str; 4] = ["rdma_rxe", "siw", "ib_uverbs", "ib_core"];
+
+fn loaded(module: &str) -> bool {
+    Path::new("/sys/module").join(module).exists()
+}
+
+fn unload(modules: &str) -> bool {
+    let status = Command::new("rmmod").args(modules.split(' ')).status();
+    status.expect("run rmmod").success()
+}
+
+/// Loads the modules and makes the guest's devices again, for the tests that come
+/// after, also when this one has failed.
+struct Restore(String);
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        run(&format!("modprobe -a -d {} ib_uverbs rdma_rxe siw", self.0));
+        for (device, driver, network) in [("rxe0", "rxe", "veth0"), ("siw0", "siw", "veth1")] {
+            if !Path::new("/sys/class/infiniband").join(device).exists() {
+                run(&format!(
+                    "rdma link add {device} type {driver} netdev {network}"
+                ));
+            }
+        }
+    }
+}
+
+/// A watched region, used in some way, and its queue.
+fn used() -> (Fixture, Map) {
+    let fixture = Fixture::new();
+    let map = Map::new(3);
+    mem::forget(fixture.watch(map, 0..3, 7));
+    map.unmap(0..1);
+    assert_eq!(read_all(&fixture.queue).len(), 1, "events read");
+    map.unmap(1..2);
+    (fixture, map)
+}
+
+/// The modules can be unloaded when everything is closed, not while a queue is
+/// open, and used again when they have been loaded again.
+#[test]
+fn modules_are_unloaded() {
+    let restore = Restore(env::var("MODULES").expect("MODULES, which the guest sets"));
+    assert!(loaded("ib_uverbs"), "RDMA must be modules");
+
+    let (fixture, map) = used();
+    fixture.context.disconnect().expect("close the context");
+    let Fixture { queue, page, .. } = fixture;
+    drop(page);
+    assert!(unload("rdma_rxe siw"), "unload the drivers");
+    assert!(
+        !unload("ib_uverbs"),
+        "ib_uverbs was unloaded under an open queue"
+    );
+    let read = queue.read(&mut [Event::default()]);
+    expect_errno(read, Errno::IO, "read() without a device");
+    map.unmap(2..3);
+    drop(queue);
+
+    // The rest is what they need, in no particular order.
+    let modules = format!(
+        "modprobe -r -a -d {} ib_uverbs siw rdma_rxe mmu_notify_test",
+        restore.0
+    );
+    run(&modules);
+    for module in MODULES {
+        assert!(!loaded(module), "{module} is still loaded");
+    }
+    map.map_over(0..3);
+
+    drop(restore);
+    let (fixture, map) = used();
+    map.unmap(2..3);
+    assert_eq!(read_all(&fixture.queue).len(), 1, "events read");
+}
