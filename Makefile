@@ -12,6 +12,8 @@ test: ## every test, on the host and on the debug kernel
 	@scripts/test
 check: tree ## lint and check the series
 	@scripts/check
+mutants: tree ## break the kernel in known ways: do the tests notice?
+	@scripts/mutants
 host-test: tree ## the tests that need no kernel
 	@scripts/programs scripts/host-test
 boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|debug
@@ -25,6 +27,6 @@ refresh: ## export the commits of build/linux to patches/linux
 setup: ## install what is missing
 	@scripts/setup
 clean: ## remove the kernels and programs built, not the source tree
-	rm -rf build/release build/debug build/each* build/headers build/cargo build/out
+	rm -rf build/release build/debug build/each* build/mutate* build/headers build/cargo build/out
 
-.PHONY: help demo test check host-test boot build tree refresh setup clean
+.PHONY: help demo test check mutants host-test boot build tree refresh setup clean
