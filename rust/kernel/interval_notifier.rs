@@ -122,6 +122,12 @@ impl Event {
     pub const MIGRATE: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_MIGRATE);
     /// A device gets exclusive access to the range.
     pub const EXCLUSIVE: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE);
+
+    /// Returns the value of the C enum.
+    #[inline]
+    pub const fn as_raw(self) -> bindings::mmu_notifier_event {
+        self.0
+    }
 }
 
 /// What an invalidation concerns.

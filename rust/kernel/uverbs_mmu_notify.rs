@@ -37,6 +37,11 @@ use kernel::{
 mod queue;
 #[path = "uverbs_mmu_notify/state.rs"]
 mod state;
+#[cfg(CONFIG_INFINIBAND_USER_MMU_NOTIFY_KUNIT_TEST)]
+#[path = "uverbs_mmu_notify/tests.rs"]
+mod tests;
+#[path = "uverbs_mmu_notify/trace.rs"]
+mod trace;
 
 use queue::{
     Buffer,

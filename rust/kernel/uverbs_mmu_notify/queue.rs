@@ -15,10 +15,13 @@
 //! to be delivered, that is, while it is in the list. The watch lives longer than that: its
 //! [`Registration`] owns another, which [`detach`] keeps until the watch is out of the list.
 
-use super::state::{
-    Reason,
-    Record,
-    State, //
+use super::{
+    state::{
+        Reason,
+        Record,
+        State, //
+    },
+    trace, //
 };
 use core::{
     mem::offset_of,
@@ -310,6 +313,9 @@ impl Queue {
             // nothing more is copied out.
             if buffer.copy(&batch[..count]).is_ok() {
                 inner.pop(count);
+                for record in &batch[..count] {
+                    trace::deliver(self, record);
+                }
                 done += count;
                 ready = BATCH;
                 continue;
@@ -392,7 +398,7 @@ impl Watch {
         let watch = UniqueArc::pin_init(
             pin_init!(Self {
                 notifier <- IntervalNotifier::new(),
-                state: LockedBy::new(&queue.inner, State::new(range, cookie)),
+                state: LockedBy::new(&queue.inner, State::new(range.clone(), cookie)),
                 queue: queue.into(),
                 links <- ListLinks::new(),
                 tracker <- AtomicTracker::new(),
@@ -401,6 +407,7 @@ impl Watch {
         )?;
 
         let registration = Registration::insert(watch, mm, pages)?;
+        trace::attach(&queue, cookie, &range);
         registration.wait_for_in_flight();
         Ok(registration)
     }
@@ -427,8 +434,16 @@ impl IntervalNotifierCallback for Watch {
         let mut inner = this.queue.inner.lock();
         let generation = inner.next_generation();
         let state = this.state.access_mut(&mut inner);
+        let cookie = state.cookie();
+        let reported = state.hit(invalidation.range(), reason, generation) && !inner.closed;
 
-        if state.hit(invalidation.range(), reason, generation) && !inner.closed {
+        trace::hit(
+            &this.queue,
+            cookie,
+            invalidation,
+            reported.then_some(generation),
+        );
+        if reported {
             this.queue.report(inner, this);
         }
     }
@@ -448,9 +463,11 @@ pub(crate) fn detach(registration: Registration<Watch>) -> u32 {
     // list is the only one of its type, it is not moved, and `Queue::report()`, which puts watches
     // into it, is called on the queue of the watch.
     let queued = unsafe { inner.pending.remove(&watch) };
-    let count = watch.state.access_mut(&mut inner).count();
+    let state = watch.state.access(&inner);
+    let (cookie, count) = (state.cookie(), state.count());
     drop(inner);
 
+    trace::detach(&watch.queue, cookie, count);
     drop(queued);
     count
 }

@@ -87,6 +87,11 @@ impl State {
         }
     }
 
+    /// Returns the cookie that the MR was registered with.
+    pub(crate) fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
     /// Merges a hit on `hit`, which may reach beyond the MR, into what waits to be delivered.
     ///
     /// Returns whether it is to be reported now, with `generation`.

@@ -14,6 +14,18 @@ mod queue;
 #[path = "../../../kernel/uverbs_mmu_notify/state.rs"]
 mod state;
 
+/// The kernel's are of no interest here.
+mod trace {
+    use crate::{queue::Queue, state::Record};
+    use core::ops::Range;
+    use kernel::mm::interval_notifier::Invalidation;
+
+    pub(crate) fn attach(_: &Queue, _: u64, _: &Range<usize>) {}
+    pub(crate) fn hit(_: &Queue, _: u64, _: &Invalidation, _: Option<u64>) {}
+    pub(crate) fn deliver(_: &Queue, _: &Record) {}
+    pub(crate) fn detach(_: &Queue, _: u64, _: u32) {}
+}
+
 mod concurrent;
 mod sequential;
 mod single;
