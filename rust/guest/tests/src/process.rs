@@ -28,7 +28,7 @@ pub fn within<T>(what: &str, run: impl FnOnce() -> T) -> T {
     let (done, waiting) = mpsc::channel::<()>();
     let what = format!("{what}, at {}", std::panic::Location::caller());
     let guard = thread::spawn(move || {
-        let ended = waiting.recv_timeout(Duration::from_secs(90));
+        let ended = waiting.recv_timeout(Duration::from_secs(150));
         if ended == Err(RecvTimeoutError::Timeout) {
             eprintln!("this does not end: {what}");
             process::abort();
