@@ -22,30 +22,23 @@ const BATCH: usize = 16;
 /// Regions of one page: one more than are hit at first.
 const REGIONS: usize = BATCH + 5;
 
-/// A device, and a queue that is told of each page of a map by itself.
+/// A queue that is told of each page of a map by itself.
 struct Scene {
     fixture: Fixture,
     map: Map,
     mrs: Vec<Mr>,
-    device: Device,
 }
 
 impl Scene {
     /// All but the last page are hit.
-    fn new(name: &'static str) -> Self {
-        let device = Device::new(name, "rxe");
-        let fixture = Fixture::on(name);
+    fn new(fixture: Fixture) -> Self {
         let map = Map::new(REGIONS);
         let mrs = fixture.watch_each(map, 0..REGIONS);
         for page in 0..REGIONS - 1 {
-            map.unmap(page..page + 1);
+            // Not unmapped: other memory, say a stack, could get there and go.
+            map.map_over(page..page + 1);
         }
-        Self {
-            fixture,
-            map,
-            mrs,
-            device,
-        }
+        Self { fixture, map, mrs }
     }
 
     /// What a reader must not hold up: a change of the mapping, a registration,
@@ -54,7 +47,7 @@ impl Scene {
     fn goes_on(&mut self, delivered: Option<usize>) {
         let last = REGIONS - 1;
         let before = self.fixture.page.load();
-        within("munmap", || self.map.unmap(last..REGIONS));
+        within("a change", || self.map.map_over(last..REGIONS));
         assert_eq!(self.fixture.page.load(), before + 1, "generation");
         let other = within("REG_MR", || self.fixture.watch(Map::new(1), 0..1, 99));
         self.deregister(other, 0);
@@ -72,9 +65,9 @@ impl Scene {
         assert_eq!(reported, delivered, "events reported");
     }
 
-    fn remove_device(&self) {
+    fn remove(&self, device: &Device) {
         let before = self.fixture.page.load();
-        within("the removal of the device", || self.device.remove());
+        within("the removal of the device", || device.remove());
         assert_eq!(self.fixture.page.load(), before + 1, "generation");
     }
 }
@@ -82,9 +75,10 @@ impl Scene {
 /// Nobody ever reads.
 #[test]
 fn never_reads() {
-    let mut scene = Scene::new("reader0");
+    let device = Device::new("reader0", "rxe");
+    let mut scene = Scene::new(Fixture::on(device.name()));
     scene.goes_on(None);
-    scene.remove_device();
+    scene.remove(&device);
     for mr in mem::take(&mut scene.mrs) {
         scene.deregister(mr, 0);
     }
@@ -128,8 +122,8 @@ impl Stuck {
 
 /// G4, G5 too: what is left is read when the page is there, and counted once.
 #[track_caller]
-fn stuck(name: &'static str, ready: usize) {
-    let mut scene = Scene::new(name);
+fn stuck(ready: usize) {
+    let mut scene = Scene::new(Fixture::new());
     let stuck = Stuck::new(&scene.fixture.queue, ready);
     scene.goes_on((ready != 0).then_some(3));
     // The one that was deregistered before its event was copied out is missing.
@@ -143,30 +137,32 @@ fn stuck(name: &'static str, ready: usize) {
 /// The reader waits for its first record's page.
 #[test]
 fn waits_for_its_buffer() {
-    stuck("reader1", 0);
+    stuck(0);
 }
 
 /// The reader has got a batch, and waits for the page of the next one.
 #[test]
 fn waits_for_more_of_its_buffer() {
-    stuck("reader2", BATCH);
+    stuck(BATCH);
 }
 
 /// The device goes away meanwhile.
 #[test]
 fn waits_for_its_buffer_when_the_device_goes() {
-    let scene = Scene::new("reader3");
+    let device = Device::new("reader3", "rxe");
+    let scene = Scene::new(Fixture::on(device.name()));
     let stuck = Stuck::new(&scene.fixture.queue, 0);
-    scene.remove_device();
+    scene.remove(&device);
     expect_errno(stuck.resolve(), Errno::IO, "read()");
 }
 
 /// The same, with a batch that has been delivered.
 #[test]
 fn waits_for_more_of_its_buffer_when_the_device_goes() {
-    let mut scene = Scene::new("reader4");
+    let device = Device::new("reader4", "rxe");
+    let mut scene = Scene::new(Fixture::on(device.name()));
     let stuck = Stuck::new(&scene.fixture.queue, BATCH);
-    scene.remove_device();
+    scene.remove(&device);
     let read = stuck.resolve().expect("read()");
     assert_eq!(read, BATCH * RECORD, "bytes read");
     for (index, mr) in mem::take(&mut scene.mrs).into_iter().enumerate() {
@@ -189,7 +185,8 @@ extern "C" fn read_queue(_: *mut c_void) -> c_int {
 /// Another process of this address space is stopped while its read() waits.
 #[test]
 fn stopped_in_read() {
-    let mut scene = Scene::new("reader5");
+    let device = Device::new("reader5", "rxe");
+    let mut scene = Scene::new(Fixture::on(device.name()));
     let queue = &scene.fixture.queue;
     let mut events = [Event::default(); REGIONS];
     assert_eq!(queue.read(&mut events).unwrap(), REGIONS - 1, "events");
@@ -201,14 +198,14 @@ fn stopped_in_read() {
     child.stop();
 
     let last = REGIONS - 1;
-    within("munmap", || scene.map.unmap(last..REGIONS));
+    within("a change", || scene.map.map_over(last..REGIONS));
     let pending = within("REG_MR", || scene.fixture.watch(Map::new(1), 0..1, 99));
     scene.deregister(pending, 0);
     let mr = scene.mrs.remove(3);
     scene.deregister(mr, 1);
     let mr = scene.mrs.pop().unwrap();
     scene.deregister(mr, 0);
-    scene.remove_device();
+    scene.remove(&device);
     child.resume();
     assert_eq!(child.wait(), Exit::Code(libc::EIO), "the reader");
 }
