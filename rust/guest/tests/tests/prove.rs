@@ -98,11 +98,22 @@ fn shared_huge() -> Memory {
     of_file(HUGE, MemfdFlags::HUGETLB, MapFlags::SHARED)
 }
 
-/// One transparent huge page.
-fn thp() -> Memory {
+/// Room for a transparent huge page.
+fn aligned() -> Memory {
     let map = Map::untouched(2 * HUGE);
     let map = Map::existing(map.void((map.at(0) as usize).wrapping_neg() / PAGE % HUGE));
-    map.advise(0..HUGE, libc::MADV_HUGEPAGE).expect("madvise");
+    Memory {
+        map,
+        pages: HUGE,
+        file: None,
+    }
+}
+
+/// One transparent huge page.
+fn thp() -> Memory {
+    let memory = aligned();
+    memory.advise(libc::MADV_HUGEPAGE);
+    let map = memory.map;
     map.store(0, 0x11);
     let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
     let start = format!("{:x}-", map.at(0) as usize);
@@ -111,11 +122,7 @@ fn thp() -> Memory {
         .lines()
         .find(|line| line.starts_with("AnonHugePages:"));
     assert!(huge.unwrap().contains(" 2048 kB"), "huge page: {huge:?}");
-    Memory {
-        map,
-        pages: HUGE,
-        file: None,
-    }
+    memory
 }
 
 /// A segment of System V, which goes with its last mapping.
@@ -344,9 +351,8 @@ rows! { becomes_stale:
     });
     /// Huge pages: munmap, and mmap at the same address.
     huge_unmapped_and_mapped_again(huge(), UNMAPPED, |m| unmap_and_map(m, PRIVATE_HUGE));
-    /// Huge pages: mremap to elsewhere, which is not told as unmapping, and mmap
-    /// at the old address.
-    huge_moved_away(huge(), MAYBE_STALE, |m| move_away(m, PRIVATE_HUGE));
+    /// Huge pages: mremap to elsewhere, and mmap at the old address.
+    huge_moved_away(huge(), UNMAPPED | MAYBE_STALE, |m| move_away(m, PRIVATE_HUGE));
     /// Huge pages: MADV_DONTNEED.
     huge_given_up(huge(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
     /// Huge pages: fallocate with FALLOC_FL_PUNCH_HOLE.
@@ -375,6 +381,8 @@ fn balance(memory: &Memory) {
     }
     fs::write("/proc/sys/kernel/numa_balancing", "1").expect("turn on NUMA balancing");
     (1..memory.pages).for_each(|page| memory.map.store(page, 0x11));
+    // The pages of a process of one thread are spared if they are near.
+    let idle = thread::spawn(thread::park);
     // The page that is pinned is spared; the others share its mapping.
     let faults = || {
         // SAFETY: All members are numbers, and it may be written.
@@ -391,6 +399,8 @@ fn balance(memory: &Memory) {
         }
     }
     fs::write("/proc/sys/kernel/numa_balancing", "0").expect("turn off NUMA balancing");
+    idle.thread().unpark();
+    idle.join().unwrap();
 }
 
 rows! { stays_fresh:
@@ -464,7 +474,17 @@ fn move_page(memory: &Memory, to: Option<c_int>) -> c_int {
     let (addr, mut node) = (memory.map.void(0), -1);
     let to: *const c_int = to.as_ref().map_or(ptr::null(), |to| to);
     // SAFETY: One page, and one place for its status.
-    let ret = unsafe { libc::syscall(libc::SYS_move_pages, 0, 1, &addr, to, &mut node, 0) };
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_move_pages,
+            0,
+            1,
+            &addr,
+            to,
+            &mut node,
+            MPOL_MF_MOVE,
+        )
+    };
     assert!(ret >= 0, "move_pages: {}", io::Error::last_os_error());
     node
 }
@@ -472,10 +492,7 @@ fn move_page(memory: &Memory, to: Option<c_int>) -> c_int {
 /// The node that the first page is not on.
 fn other_node(memory: &Memory) -> c_int {
     let node = move_page(memory, None);
-    assert!(
-        (0..NODES).contains(&node),
-        "the page's node: {node}"
-    );
+    assert!((0..NODES).contains(&node), "the page's node: {node}");
     1 - node
 }
 
@@ -542,10 +559,9 @@ rows! { is_not_stale:
     /// KSM does not merge a pinned page.
     merged(private(), merge);
     /// MADV_COLLAPSE does not replace a pinned page.
-    collapsed(anonymous(2 * HUGE, MapFlags::PRIVATE), |m| {
-        let first = (m.map.at(0) as usize).wrapping_neg() / PAGE % HUGE;
-        (0..m.pages).for_each(|page| m.map.store(page, 0x11));
-        eprintln!("{:?}", m.map.advise(first..first + HUGE, libc::MADV_COLLAPSE));
+    collapsed(aligned(), |m| {
+        m.all().for_each(|page| m.map.store(page, 0x11));
+        eprintln!("{:?}", m.map.advise(m.all(), libc::MADV_COLLAPSE));
     });
     /// move_pages does not move a pinned page.
     moved_to_another_node(private(), |m| {

@@ -149,11 +149,14 @@ fn read_by_the_polling_thread() {
     scene.expect_count(1);
 }
 
-/// Interface: a read waits for a hit, in each way there is.
+/// Interface: a read waits for a hit, in each way there is: io_uring waits in its
+/// own way, O_NONBLOCK or not.
 #[test]
 fn read_waits() {
-    for flags in [Flags::empty(), Flags::ASYNC] {
+    let ways = [Flags::empty(), Flags::ASYNC].map(|flags| [(flags, false), (flags, true)]);
+    for (flags, nonblocking) in ways.into_iter().flatten() {
         let mut scene = Scene::new();
+        scene.fixture.queue.set_nonblocking(nonblocking).unwrap();
         for page in 0..2 {
             scene.submit(&scene.read().flags(flags));
             scene.expect_waits();
@@ -162,19 +165,6 @@ fn read_waits() {
         }
         scene.expect_count(2);
     }
-}
-
-/// Interface: with O_NONBLOCK it does not wait.
-#[test]
-fn read_nonblocking() {
-    let mut scene = Scene::new();
-    scene.fixture.queue.set_nonblocking(true).unwrap();
-    scene.submit(&scene.read());
-    scene.expect_completion(-libc::EAGAIN);
-    scene.map.unmap(0..1);
-    scene.submit(&scene.read());
-    scene.expect_event(0, 1);
-    scene.expect_count(1);
 }
 
 /// Interface: the end of the context completes a read that waits.

@@ -74,7 +74,7 @@ fn anonymous() -> Memory {
 }
 
 fn malloc(zeroed: bool) -> Memory {
-    // Larger than what malloc() maps by itself, so from its heap.
+    // Less than what malloc() maps by itself, so from its heap.
     let len = (PAGES + 1) * PAGE;
     let mut buffer: Vec<u8> = Vec::with_capacity(len);
     if zeroed {
@@ -120,7 +120,7 @@ fn cached(flags: MapFlags) -> Memory {
 }
 
 fn mount() {
-    for command in ["mkfs.ext2 -q /dev/ram0 16384", "mount /dev/ram0 /mnt"] {
+    for command in ["mkfs.ext2 -q /dev/ram0", "mount /dev/ram0 /mnt"] {
         let words: Vec<_> = command.split(' ').collect();
         let status = Command::new(words[0]).args(&words[1..]).status();
         assert!(status.is_ok_and(|status| status.success()), "{command}");
@@ -150,10 +150,10 @@ const KINDS: &[Kind] = &[
     ("anonymous, shared, written", || {
         Memory::new(Map::anonymous(PAGES, MapFlags::SHARED), PAGES).written()
     }),
-    ("malloc, untouched", || malloc(false)),
+    ("malloc, untouched, maybe used before", || malloc(false)),
     ("malloc, written", || malloc(true)),
     ("stack", || stack().written()),
-    (".data, as loaded or as the last try left it", data),
+    (".data, as the last try left it", data),
     ("written, child alive", || {
         anonymous().written().with_child()
     }),
