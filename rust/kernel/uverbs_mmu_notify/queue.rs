@@ -395,10 +395,11 @@ impl Watch {
         }
 
         let pages = range.start & PAGE_MASK..page_align(range.end).ok_or(EINVAL)?;
+        let state = State::new(range.clone(), cookie);
         let watch = UniqueArc::pin_init(
             pin_init!(Self {
                 notifier <- IntervalNotifier::new(),
-                state: LockedBy::new(&queue.inner, State::new(range.clone(), cookie)),
+                state: LockedBy::new(&queue.inner, state),
                 queue: queue.into(),
                 links <- ListLinks::new(),
                 tracker <- AtomicTracker::new(),
