@@ -9,7 +9,7 @@
  *	are as they were. write() of struct mmu_notify_hold_range names what to
  *	hold, and of an empty range lets go; read() waits until something is held.
  *
- * mmu_notify_fail lets the deregistration of MRs fail. write() of struct
+ * mmu_notify_fail lets the deregistration of user MRs fail. write() of struct
  *	mmu_notify_fail_order begins that, or changes how it goes on; read()
  *	returns how many calls have failed so far, a __u32. An MR that the core
  *	has given up for that reason is freed with its device.
@@ -184,7 +184,8 @@ static int fail_dereg_mr(struct ib_mr *mr, struct ib_udata *udata)
 {
 	unsigned long index = (unsigned long)mr;
 
-	if (atomic_dec_if_positive(&fail.times) >= 0) {
+	/* The kernel has MRs of its own */
+	if (mr->uobject && atomic_dec_if_positive(&fail.times) >= 0) {
 		if (xa_err(xa_store(&fail.mrs, index, mr, GFP_KERNEL)))
 			return -ENOMEM;
 		atomic_inc(&fail.failed);

@@ -157,11 +157,9 @@ fn response_faults() {
     }
 }
 
-/// MR_DESTROY whose answer cannot be written.
+/// MR_DESTROY whose answer cannot be written: there is no memory at `output`.
 #[track_caller]
-fn destroy_faults(fixture: &Fixture, mr: Mr) {
-    let output = Map::new(1);
-    output.unmap(0..1);
+fn destroy_faults(fixture: &Fixture, mr: Mr, output: Map) {
     let id = UVERBS_ATTR_DESTROY_MR_RESP_EVENTS_REPORTED;
     let request = Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_MR_DESTROY)
         .object(UVERBS_ATTR_DESTROY_MR_HANDLE, mr.handle().into());
@@ -180,36 +178,35 @@ fn destroy_faults(fixture: &Fixture, mr: Mr) {
 #[test]
 fn response_of_deregistration_faults() {
     let fixture = Fixture::new();
-    let map = Map::new(2);
+    let (map, output) = (Map::new(2), Map::new(1));
+    output.unmap(0..1);
     let mr = fixture.watch(map, 0..2, 7);
     map.unmap(0..1);
     let before = fixture.page.load();
-    destroy_faults(&fixture, mr);
+    destroy_faults(&fixture, mr, output);
     expect_no_regions();
     map.unmap(1..2);
     fixture.expect_quiet_since(before, "the deregistration");
 }
 
 /// A memory window that is bound to a region: soft-RoCE does not deregister that.
-struct Window {
-    window: *mut ibv_mw,
-    pair: QpPair,
-}
+struct Window(*mut ibv_mw);
 
 impl Window {
     fn new(fixture: &Fixture) -> Self {
-        let pair = QpPair::connect(&fixture.pd).expect("connect two queue pairs");
         // SAFETY: The PD and its context are valid.
         let window = unsafe {
             let alloc = (*fixture.context.as_ptr()).ops.alloc_mw.expect("alloc_mw");
             alloc(fixture.pd.as_ptr(), IBV_MW_TYPE_1)
         };
         assert!(!window.is_null(), "{}", io::Error::last_os_error());
-        Self { window, pair }
+        Self(window)
     }
 
     /// Binds it to a region of `map`.
     fn bind(&self, fixture: &Fixture, map: Map, mr: &Mr) {
+        // Gone in the end: its mappings would keep the context open.
+        let pair = QpPair::connect(&fixture.pd).expect("connect two queue pairs");
         let mut region = ibv_mr {
             context: fixture.context.as_ptr(),
             pd: fixture.pd.as_ptr(),
@@ -231,21 +228,18 @@ impl Window {
         // SAFETY: All objects are valid.
         let ret = unsafe {
             let bind_mw = (*fixture.context.as_ptr()).ops.bind_mw.expect("bind_mw");
-            bind_mw(self.pair.as_ptr(), self.window, &mut bind)
+            bind_mw(pair.as_ptr(), self.0, &mut bind)
         };
         assert_eq!(ret, 0, "bind a memory window");
-        let status = self.pair.wait().expect("wait for the completion");
+        let status = pair.wait().expect("wait for the completion");
         assert_eq!(status, IBV_WC_SUCCESS, "the work completion");
     }
 
     fn free(self) {
         // SAFETY: The window is valid, and not used again.
         let ret = unsafe {
-            let dealloc = (*(*self.window).context)
-                .ops
-                .dealloc_mw
-                .expect("dealloc_mw");
-            dealloc(self.window)
+            let dealloc = (*(*self.0).context).ops.dealloc_mw.expect("dealloc_mw");
+            dealloc(self.0)
         };
         assert_eq!(ret, 0, "free a memory window");
     }
@@ -371,11 +365,11 @@ fn close_fails(device: &str, times: u32, warnings: u32) -> FailingDereg {
     let fixture = Fixture::on(device);
     let map = Map::new(3);
     mem::forget([fixture.watch(map, 0..3, 7), fixture.watch(map, 1..3, 8)]);
+    let fail = FailingDereg::new(device, times);
+    let warned = Warnings::here();
     map.unmap(0..1);
     let before = fixture.page.load();
 
-    let fail = FailingDereg::new(device, times);
-    let warned = Warnings::here();
     fixture.context.disconnect().expect("close the context");
     assert_eq!(warned.count(), warnings, "warnings");
     assert!(fail.failed() >= times.min(2), "deregistrations that failed");
@@ -412,7 +406,6 @@ fn close_fails_for_a_window() {
     map.unmap(0..1);
     let before = fixture.page.load();
     fixture.context.disconnect().expect("close the context");
-    mem::forget(window);
     map.unmap(1..2);
     assert_closed(&fixture, before);
     expect_no_regions();
@@ -447,12 +440,12 @@ fn removal_fails(name: &'static str, times: u32, warnings: u32) {
     let fixture = Fixture::on(name);
     let map = Map::new(3);
     let mr = fixture.watch(map, 0..3, 7);
+    let fail = FailingDereg::new(name, times);
+    let warned = std::sync::Arc::new(Warnings::new());
     expect_hit(&fixture, map, 0);
     map.unmap(1..2);
     let before = fixture.page.load();
 
-    let fail = FailingDereg::new(name, times);
-    let warned = std::sync::Arc::new(Warnings::new());
     let mut removal = Command::new("rdma");
     removal.args(["link", "delete", device.name()]);
     let begin = warned.clone();
