@@ -3,8 +3,8 @@
 //! order of events is forced, by the tests' kernel module and by userfaultfd.
 
 use rustix::io::Errno;
-use std::{io, mem};
-use uverbs_mmu_notify::{Mr, sys::verbs::*};
+use std::{io, mem, sync::Arc};
+use uverbs_mmu_notify::{Mr, MrArgs, Pd, sys::verbs::*};
 use uverbs_mmu_notify_tests::*;
 
 const IOCTL: &[libc::c_long] = &[libc::SYS_ioctl];
@@ -77,26 +77,33 @@ fn unmapped_in_flight() {
     fixture.expect_quiet_since(0, "the failed registration");
 }
 
-/// Registers four pages. The pin has the first two when it has to wait for the
-/// third; then `change` is made. Nothing may be reported by then.
+/// Registers four pages of `map` as in `args`. The pin has the first two when it
+/// has to wait for the third; then `change` is made.
 #[track_caller]
-fn during_pin(fixture: &Fixture, map: Map, change: impl FnOnce()) -> io::Result<Mr> {
+fn stopped(pd: &Arc<Pd>, args: MrArgs, map: Map, change: impl FnOnce()) -> io::Result<Mr> {
     let from = Map::new(1);
     map.dont_need(2..3);
     let fault = Userfault::missing(map, 2..3);
-    let before = fixture.page.load();
-    let (pd, args) = (fixture.pd.clone(), fixture.args(map, 0..4, 7));
+    let pd = pd.clone();
     let registrar = Blocked::spawn(IOCTL, move || try_reg(&pd, &args));
     assert_eq!(
         fault.wait_for_fault(),
         map.at(2) as u64,
         "the page it is at"
     );
-
     change();
-    fixture.expect_quiet_since(before, "what was hit during the pin");
     fault.copy(map, 2, from);
     registrar.join()
+}
+
+/// The same; nothing may be reported before the pin goes on.
+#[track_caller]
+fn during_pin(fixture: &Fixture, map: Map, change: impl FnOnce()) -> io::Result<Mr> {
+    let before = fixture.page.load();
+    stopped(&fixture.pd, fixture.args(map, 0..4, 7), map, || {
+        change();
+        fixture.expect_quiet_since(before, "what was hit during the pin");
+    })
 }
 
 /// Waiting alone makes nothing stale, which the tests below rely on.
@@ -138,6 +145,27 @@ fn hit_during_the_pin_that_fails() {
     expect_no_regions();
     map.unmap(0..3);
     fixture.expect_quiet_since(0, "munmap of what was not registered");
+}
+
+/// G8: the queue is closed, with a hit that it would have to report.
+#[test]
+fn queue_closed_during_the_pin() {
+    let Fixture {
+        context: _context,
+        pd,
+        queue,
+        page,
+    } = Fixture::new();
+    drop(page);
+    let map = Map::new(4);
+    let args = MrArgs::new(map.at(0), 4 * PAGE).watched(&queue, 7);
+    let mr = stopped(&pd, args, map, || {
+        map.dont_need(0..1);
+        drop(queue);
+    });
+    map.unmap(0..1);
+    let reported = mr.expect("register").destroy().expect("deregister");
+    assert_eq!(reported, 0, "events reported");
 }
 
 /// A queue whose context is just being destroyed is closed by its file as well.
