@@ -8,7 +8,7 @@
 //!
 //! The object that is to be notified embeds an [`IntervalNotifier`] and implements
 //! [`HasIntervalNotifier`] (by [`impl_has_interval_notifier!`]) and [`IntervalNotifierCallback`].
-//! [`Registration::insert`] consumes the only reference to it, so that it can not be inserted
+//! [`Registration::insert`] consumes the only reference to it, so that it cannot be inserted
 //! twice, and gives a [`Registration`] that owns a reference for as long as callbacks can run.
 //!
 //! # Which changes are seen
@@ -20,13 +20,15 @@
 //!
 //! # Examples
 //!
-//! Counting the invalidations of a range of the current process:
+//! Counting the invalidations of a range of the current process that may concern more than the
+//! protection of its pages:
 //!
 //! ```no_run
 //! use core::ops::Range;
 //! use kernel::{
 //!     mm::interval_notifier::{
 //!         impl_has_interval_notifier,
+//!         Event,
 //!         IntervalNotifier,
 //!         IntervalNotifierCallback,
 //!         Invalidation,
@@ -54,8 +56,12 @@
 //! }
 //!
 //! impl IntervalNotifierCallback for Counter {
-//!     fn invalidate(this: ArcBorrow<'_, Self>, _invalidation: &Invalidation) {
-//!         *this.count.lock() += 1;
+//!     fn invalidate(this: ArcBorrow<'_, Self>, invalidation: &Invalidation) {
+//!         match invalidation.event() {
+//!             Event::PROTECTION_VMA | Event::PROTECTION_PAGE | Event::SOFT_DIRTY => (),
+//!             // Events that are not known to this code belong here.
+//!             _ => *this.count.lock() += 1,
+//!         }
 //!     }
 //! }
 //!
@@ -71,6 +77,13 @@
 //!     let registration = Registration::insert(counter, current!().mm().ok_or(EINVAL)?, range)?;
 //!     registration.wait_for_in_flight();
 //!     Ok(registration)
+//! }
+//!
+//! /// Sleeps until no callback is running, and returns the final count.
+//! fn stop_counting(registration: Registration<Counter>) -> u64 {
+//!     let counter = registration.remove();
+//!     let count = *counter.count.lock();
+//!     count
 //! }
 //! ```
 //!
