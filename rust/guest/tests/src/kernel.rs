@@ -9,10 +9,12 @@ use crate::{
 use rustix::io::{read, write};
 use std::{
     env,
-    fs::File,
+    fs::{self, File},
     io,
     ops::Range,
     os::{fd::AsFd, unix::fs::FileExt},
+    path::PathBuf,
+    process,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -142,6 +144,42 @@ impl Warnings {
     /// How many there were.
     pub fn count(&self) -> u32 {
         count(&self.0)
+    }
+}
+
+/// The watches that begin and end, counted by their tracepoints. What else could
+/// tell that one is left behind? Its callback reports nothing, and kmemleak finds
+/// neither it nor the address space that it keeps: that of a page table is in a
+/// `struct page`.
+pub struct Watches(PathBuf);
+
+impl Watches {
+    /// Counts from now on, whoever's.
+    #[expect(clippy::new_without_default)]
+    pub fn new() -> Self {
+        let instance = format!("/sys/kernel/tracing/instances/watches-{}", process::id());
+        let this = Self(instance.into());
+        fs::create_dir(&this.0).expect("make an instance of the tracing system");
+        for event in ["attach", "detach"] {
+            let enable = format!("events/ib_uverbs_mmu_notify/mmu_notify_{event}/enable");
+            fs::write(this.0.join(enable), "1").expect("enable a tracepoint");
+        }
+        this
+    }
+
+    /// `begun` watches must have begun, and each must have ended.
+    #[track_caller]
+    pub fn expect_ended(&self, begun: usize) {
+        let trace = fs::read_to_string(self.0.join("trace")).expect("read the trace");
+        let count = |event| trace.matches(event).count();
+        let seen = (count(" mmu_notify_attach: "), count(" mmu_notify_detach: "));
+        assert_eq!(seen, (begun, begun), "watches that began, and that ended");
+    }
+}
+
+impl Drop for Watches {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
     }
 }
 

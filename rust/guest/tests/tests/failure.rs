@@ -148,7 +148,11 @@ fn response_faults() {
         let clean = Map::new(2);
         let stale = born_stale(&fixture);
         for (map, args) in [(clean, fixture.args(clean, 0..2, 7)), stale] {
+            let watches = Watches::new();
             reg_faults(&fixture, &args, fault);
+            // The handle is written first.
+            let begun = !matches!(fault, Fault::Attr(UVERBS_ATTR_REG_MR_HANDLE));
+            watches.expect_ended(begun.into());
             fixture.expect_quiet_since(0, &format!("{fault:?}"));
             expect_no_regions();
             map.unmap(0..2);
@@ -180,10 +184,12 @@ fn response_of_deregistration_faults() {
     let fixture = Fixture::new();
     let (map, output) = (Map::new(2), Map::new(1));
     output.unmap(0..1);
+    let watches = Watches::new();
     let mr = fixture.watch(map, 0..2, 7);
     map.unmap(0..1);
     let before = fixture.page.load();
     destroy_faults(&fixture, mr, output);
+    watches.expect_ended(1);
     expect_no_regions();
     map.unmap(1..2);
     fixture.expect_quiet_since(before, "the deregistration");
@@ -307,6 +313,7 @@ fn destroy_fails_in_the_driver() {
 /// deregister what it had registered. The core keeps the region then, and warns.
 /// It never went live, so it reports nothing, whatever is done with it.
 fn abort_fails(fixture: &Fixture, fail: &FailingDereg, end: impl FnOnce(u32)) {
+    let watches = Watches::new();
     let (map, args) = born_stale(fixture);
     let warnings = Warnings::here();
     let failed = fail.failed();
@@ -316,6 +323,7 @@ fn abort_fails(fixture: &Fixture, fail: &FailingDereg, end: impl FnOnce(u32)) {
     drop(warnings);
     map.unmap(0..1);
     end(handle);
+    watches.expect_ended(1);
     map.unmap(1..2);
 }
 
@@ -362,6 +370,7 @@ fn assert_closed(fixture: &Fixture, before: u64) {
 /// closed, and the driver fails `times`. Nothing is reported after that.
 #[track_caller]
 fn close_fails(device: &str, times: u32, warnings: u32) -> FailingDereg {
+    let watches = Watches::new();
     let fixture = Fixture::on(device);
     let map = Map::new(3);
     mem::forget([fixture.watch(map, 0..3, 7), fixture.watch(map, 1..3, 8)]);
@@ -373,6 +382,7 @@ fn close_fails(device: &str, times: u32, warnings: u32) -> FailingDereg {
     fixture.context.disconnect().expect("close the context");
     assert_eq!(warned.count(), warnings, "warnings");
     assert!(fail.failed() >= times.min(2), "deregistrations that failed");
+    watches.expect_ended(2);
     assert_closed(&fixture, before);
     map.unmap(1..2);
     assert_closed(&fixture, before);
@@ -397,6 +407,7 @@ fn close_fails_for_good() {
 /// By a window that is older than the region, and so destroyed after it.
 #[test]
 fn close_fails_for_a_window() {
+    let watches = Watches::new();
     let fixture = Fixture::new();
     let map = Map::new(2);
     let window = Window::new(&fixture);
@@ -406,6 +417,7 @@ fn close_fails_for_a_window() {
     map.unmap(0..1);
     let before = fixture.page.load();
     fixture.context.disconnect().expect("close the context");
+    watches.expect_ended(1);
     map.unmap(1..2);
     assert_closed(&fixture, before);
     expect_no_regions();
@@ -417,6 +429,7 @@ fn exit_fails_for_good() {
     let device = Device::new("failing1", "rxe");
     let fail = FailingDereg::new(device.name(), ALWAYS);
     let warnings = Warnings::new();
+    let watches = Watches::new();
     let child = in_child(|| {
         warnings.begin().expect("expect warnings");
         let fixture = Fixture::on(device.name());
@@ -429,6 +442,7 @@ fn exit_fails_for_good() {
     assert_eq!(child, Exit::Code(0), "the child");
     assert_eq!(warnings.count(), 1, "warnings");
     assert!(fail.failed() > 0, "deregistrations that failed");
+    watches.expect_ended(1);
     device.remove();
 }
 
@@ -439,6 +453,7 @@ fn removal_fails(name: &'static str, times: u32, warnings: u32) {
     let device = Device::new(name, "rxe");
     let fixture = Fixture::on(name);
     let map = Map::new(3);
+    let watches = Watches::new();
     let mr = fixture.watch(map, 0..3, 7);
     let fail = FailingDereg::new(name, times);
     let warned = std::sync::Arc::new(Warnings::new());
@@ -455,6 +470,7 @@ fn removal_fails(name: &'static str, times: u32, warnings: u32) {
     assert!(status.success(), "rdma link delete: {status}");
     assert_eq!(warned.count(), warnings, "warnings");
     assert!(fail.failed() > 0, "deregistrations that failed");
+    watches.expect_ended(1);
 
     assert_closed(&fixture, before);
     map.unmap(2..3);

@@ -69,12 +69,14 @@ fn mapped_over_in_flight() {
 /// not reported.
 #[test]
 fn unmapped_in_flight() {
+    let watches = Watches::new();
     let fixture = Fixture::new();
     let map = Map::new(1);
     let (mr, waited) = in_flight(&fixture, map, |map| map.unmap(0..1));
     expect_errno(mr, Errno::FAULT, "REG_MR of what is being unmapped");
     assert!(waited, "expected the registration to wait for the change");
     fixture.expect_quiet_since(0, "the failed registration");
+    watches.expect_ended(1);
 }
 
 /// Registers four pages of `map` as in `args`. The pin has the first two when it
@@ -134,6 +136,7 @@ fn hit_during_the_pin() {
 /// missing then. Nothing is reported.
 #[test]
 fn hit_during_the_pin_that_fails() {
+    let watches = Watches::new();
     let fixture = Fixture::new();
     let map = Map::new(4);
     let mr = during_pin(&fixture, map, || {
@@ -142,6 +145,7 @@ fn hit_during_the_pin_that_fails() {
     });
     expect_errno(mr, Errno::FAULT, "REG_MR of what was unmapped");
     fixture.expect_quiet_since(0, "the failed registration");
+    watches.expect_ended(1);
     expect_no_regions();
     map.unmap(0..3);
     fixture.expect_quiet_since(0, "munmap of what was not registered");
@@ -150,6 +154,7 @@ fn hit_during_the_pin_that_fails() {
 /// G8: the queue is closed, with a hit that it would have to report.
 #[test]
 fn queue_closed_during_the_pin() {
+    let watches = Watches::new();
     let Fixture {
         context: _context,
         pd,
@@ -166,6 +171,7 @@ fn queue_closed_during_the_pin() {
     map.unmap(0..1);
     let reported = mr.expect("register").destroy().expect("deregister");
     assert_eq!(reported, 0, "events reported");
+    watches.expect_ended(1);
 }
 
 /// A queue whose context is just being destroyed is closed by its file as well.
@@ -179,6 +185,7 @@ fn released_while_destroyed<T>(
     stack: impl Fn(&T) -> &Stack,
     end: impl FnOnce(T),
 ) {
+    let watches = Watches::new();
     let map = Map::new(2);
     // The youngest object is destroyed first: before the queue.
     mem::forget(fixture.watch(map, 0..2, 7));
@@ -202,6 +209,7 @@ fn released_while_destroyed<T>(
     hold.release();
     changer.join();
     end(destroyer);
+    watches.expect_ended(1);
 }
 
 /// G8, G6: the context is closed.
