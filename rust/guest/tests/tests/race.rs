@@ -4,7 +4,7 @@
 
 use rustix::io::Errno;
 use std::{io, mem, sync::Arc};
-use uverbs_mmu_notify::{Mr, MrArgs, Pd, sys::verbs::*};
+use uverbs_mmu_notify::{Mr, MrArgs, NotifyQueue, Pd, sys::verbs::*};
 use uverbs_mmu_notify_tests::*;
 
 const IOCTL: &[libc::c_long] = &[libc::SYS_ioctl];
@@ -187,6 +187,10 @@ fn released_while_destroyed<T>(
 ) {
     let watches = Watches::new();
     let map = Map::new(2);
+    // Many, for kmemleak may overlook one whose address is left on some stack.
+    let queues: Vec<_> = (0..16)
+        .map(|_| NotifyQueue::alloc(&fixture.context).expect("make a queue"))
+        .collect();
     // The youngest object is destroyed first: before the queue.
     mem::forget(fixture.watch(map, 0..2, 7));
     let hold = Hold::new();
@@ -204,7 +208,7 @@ fn released_while_destroyed<T>(
         std::thread::yield_now();
     }
     let Fixture { queue, page, .. } = fixture;
-    drop((page, queue));
+    drop((page, queue, queues));
     assert!(stuck(), "expected the destruction to go on");
     hold.release();
     changer.join();
