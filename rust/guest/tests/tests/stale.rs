@@ -66,19 +66,29 @@ fn shared_with_a_child_for_reading() {
     child.kill();
 }
 
-/// G7: ordinary memory is not born stale, written to or never accessed.
+/// G3: a pin that only reads finds the zero page under memory that nothing has
+/// accessed.
+#[test]
+fn untouched_for_reading() {
+    born_stale(Map::untouched(2), READ);
+}
+
+/// G7: ordinary memory is not born stale, nor is untouched memory that the device
+/// may write to.
 #[test]
 fn ordinary_memory_is_not_born_stale() {
     let fixture = Fixture::new();
-    for map in [Map::new(2), Map::untouched(2)] {
-        for access in [WRITE, READ] {
-            let before = fixture.page.load();
-            let args = MrArgs {
-                access,
-                ..fixture.args(map, 0..2, 7)
-            };
-            let _mr = reg(&fixture.pd, &args);
-            fixture.expect_quiet_since(before, &format!("registering, access {access:#x}"));
-        }
+    for (map, access) in [
+        (Map::new(2), WRITE),
+        (Map::new(2), READ),
+        (Map::untouched(2), WRITE),
+    ] {
+        let before = fixture.page.load();
+        let args = MrArgs {
+            access,
+            ..fixture.args(map, 0..2, 7)
+        };
+        let _mr = reg(&fixture.pd, &args);
+        fixture.expect_quiet_since(before, &format!("registering, access {access:#x}"));
     }
 }
