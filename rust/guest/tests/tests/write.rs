@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The extended commands, by write() and by INVOKE_WRITE: another form of the
+//! same operations.
+
+use rustix::io::{Errno, write};
+use std::{
+    io, mem,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    slice,
+};
+use uverbs_mmu_notify::{Context, NotifyQueue, Request, sys::uapi::*};
+use uverbs_mmu_notify_tests::*;
+
+#[derive(Clone, Copy, Debug)]
+enum Form {
+    Write,
+    Invoke,
+}
+
+const FORMS: [Form; 2] = [Form::Write, Form::Invoke];
+
+/// Plain integers without padding, a multiple of eight bytes.
+trait Plain: Copy + Default {}
+impl Plain for ib_uverbs_ex_create_mmu_notify {}
+impl Plain for ib_uverbs_ex_create_mmu_notify_resp {}
+impl Plain for ib_uverbs_ex_reg_mr_notify {}
+impl Plain for ib_uverbs_ex_reg_mr_notify_resp {}
+impl Plain for ib_uverbs_ex_dereg_mr_notify {}
+impl Plain for ib_uverbs_ex_dereg_mr_notify_resp {}
+
+fn bytes<T: Plain>(value: &T) -> Vec<u8> {
+    let ptr = (&raw const *value).cast();
+    // SAFETY: It has no padding.
+    unsafe { slice::from_raw_parts(ptr, size_of::<T>()) }.to_vec()
+}
+
+/// Sends a command whose response goes to `response`, `room` bytes.
+fn send(
+    form: Form,
+    context: &Context,
+    command: u32,
+    input: &[u8],
+    response: *mut u8,
+    room: usize,
+) -> io::Result<()> {
+    let command = command | IB_USER_VERBS_CMD_FLAG_EXTENDED;
+    match form {
+        Form::Write => {
+            let mut buffer = Vec::new();
+            buffer.extend(command.to_ne_bytes());
+            buffer.extend((input.len() as u16 / 8).to_ne_bytes());
+            buffer.extend((room as u16 / 8).to_ne_bytes());
+            // struct ib_uverbs_ex_cmd_hdr: no room, no response.
+            let response = if room == 0 { 0 } else { response as u64 };
+            buffer.extend(response.to_ne_bytes());
+            buffer.extend([0; 8]);
+            buffer.extend(input);
+            write(context, &buffer)?;
+            Ok(())
+        }
+        Form::Invoke => {
+            let attr = |id: u32, len: usize, data: u64| {
+                let mut attr = ib_uverbs_attr {
+                    attr_id: id as u16,
+                    len: len as u16,
+                    flags: UVERBS_ATTR_F_MANDATORY as u16,
+                    ..Default::default()
+                };
+                attr.__bindgen_anon_1.data = data;
+                attr
+            };
+            // Up to eight bytes are in the attribute itself.
+            let data = match input.first_chunk() {
+                Some(word) if input.len() == 8 => u64::from_ne_bytes(*word),
+                _ => input.as_ptr() as u64,
+            };
+            let request = Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INVOKE_WRITE)
+                .input(UVERBS_ATTR_WRITE_CMD, command.into());
+            // SAFETY: `input` lives until the call returns, and the kernel
+            // checks the address of the response.
+            let mut request = unsafe {
+                request
+                    .raw(attr(UVERBS_ATTR_CORE_IN, input.len(), data))
+                    .raw(attr(UVERBS_ATTR_CORE_OUT, room, response as u64))
+            };
+            context.call(&mut request)
+        }
+    }
+}
+
+fn call<I: Plain, O: Plain>(
+    form: Form,
+    context: &Context,
+    command: u32,
+    input: &I,
+) -> io::Result<O> {
+    let mut output = O::default();
+    let response = (&raw mut output).cast();
+    send(
+        form,
+        context,
+        command,
+        &bytes(input),
+        response,
+        size_of::<O>(),
+    )?;
+    Ok(output)
+}
+
+fn create(form: Form, context: &Context) -> io::Result<NotifyQueue> {
+    let response: ib_uverbs_ex_create_mmu_notify_resp = call(
+        form,
+        context,
+        IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY,
+        &ib_uverbs_ex_create_mmu_notify::default(),
+    )?;
+    assert_eq!(response.response_length as usize, size_of_val(&response));
+    // SAFETY: The call has just made this FD for us.
+    let queue = NotifyQueue::from(unsafe { OwnedFd::from_raw_fd(response.notify_fd) });
+    queue.set_nonblocking(true)?;
+    Ok(queue)
+}
+
+/// To register `pages` of `map`.
+fn reg_input(
+    fixture: &Fixture,
+    queue: &NotifyQueue,
+    map: Map,
+    pages: std::ops::Range<usize>,
+) -> ib_uverbs_ex_reg_mr_notify {
+    let args = fixture.args(map, pages, 7);
+    ib_uverbs_ex_reg_mr_notify {
+        pd_handle: fixture.pd.handle(),
+        start: args.addr,
+        length: args.length,
+        hca_va: args.addr,
+        cookie: 7,
+        access_flags: args.access,
+        notify_fd: queue.as_fd().as_raw_fd(),
+        ..Default::default()
+    }
+}
+
+fn reg_mr(
+    form: Form,
+    fixture: &Fixture,
+    input: &ib_uverbs_ex_reg_mr_notify,
+) -> io::Result<ib_uverbs_ex_reg_mr_notify_resp> {
+    let command = IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY;
+    let response: ib_uverbs_ex_reg_mr_notify_resp = call(form, &fixture.context, command, input)?;
+    assert_eq!(response.response_length as usize, size_of_val(&response));
+    Ok(response)
+}
+
+fn dereg_mr(form: Form, fixture: &Fixture, mr_handle: u32) -> io::Result<u32> {
+    let input = ib_uverbs_ex_dereg_mr_notify {
+        mr_handle,
+        ..Default::default()
+    };
+    let command = IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY;
+    let response: ib_uverbs_ex_dereg_mr_notify_resp =
+        call(form, &fixture.context, command, &input)?;
+    assert_eq!(response.response_length as usize, size_of_val(&response));
+    Ok(response.events_reported)
+}
+
+/// The three commands: RDMA works, what happens is reported, counts are exact.
+#[test]
+fn whole_life() {
+    for form in FORMS {
+        let fixture = Fixture::new();
+        let peer = Peer::new(&fixture.pd);
+        let queue = create(form, &fixture.context).expect("create");
+        let page = queue.generation_page().expect("map the counter page");
+        let map = Map::new(3);
+        let mr = reg_mr(form, &fixture, &reg_input(&fixture, &queue, map, 0..3)).expect("register");
+        assert_eq!(peer.write(map.at(0), mr.rkey, 0x22), 0, "RDMA");
+        assert_eq!(map.load(0), 0x22, "the byte written by RDMA");
+
+        for generation in 1..3 {
+            let pages = generation as usize..generation as usize + 1;
+            map.unmap(pages.clone());
+            assert_eq!(page.load(), generation, "generation");
+            expect_records(&queue, &[Record::new(map, pages, 7, generation, UNMAPPED)]);
+        }
+        map.unmap(0..1);
+        assert_eq!(
+            dereg_mr(form, &fixture, mr.mr_handle).expect("deregister"),
+            2,
+            "events reported, {form:?}"
+        );
+        expect_records(&queue, &[]);
+    }
+}
+
+/// What is made by one form can be used and destroyed by the other.
+#[test]
+fn forms_mix() {
+    for form in FORMS {
+        let fixture = Fixture::new();
+        let map = Map::new(2);
+        let input = reg_input(&fixture, &fixture.queue, map, 0..1);
+        let by_write = reg_mr(form, &fixture, &input).expect("register by write");
+        let queue = create(form, &fixture.context).expect("create");
+        let args = uverbs_mmu_notify::MrArgs::new(map.at(1), PAGE).watched(&queue, 8);
+        let by_ioctl = reg(&fixture.pd, &args);
+
+        map.unmap(0..2);
+        fixture.expect(&[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
+        expect_records(&queue, &[Record::new(map, 1..2, 8, 1, UNMAPPED)]);
+        assert_eq!(destroy_handle(&fixture.context, by_write.mr_handle, 99), 1);
+        assert_eq!(dereg_mr(form, &fixture, by_ioctl.handle()).unwrap(), 1);
+        mem::forget(by_ioctl);
+    }
+}
+
+/// A plain region has no events.
+#[test]
+fn plain_region_reports_zero() {
+    for form in FORMS {
+        let fixture = Fixture::new();
+        let args = uverbs_mmu_notify::MrArgs::new(Map::new(1).at(0), PAGE);
+        let mr = reg(&fixture.pd, &args);
+        assert_eq!(dereg_mr(form, &fixture, mr.handle()).unwrap(), 0);
+        mem::forget(mr);
+    }
+}
+
+/// Errors, after which nothing is watched, and nothing is reported.
+#[test]
+fn refusals() {
+    for form in FORMS {
+        let (fixture, other) = (Fixture::new(), Fixture::new());
+        let map = Map::new(1);
+        let good = reg_input(&fixture, &fixture.queue, map, 0..1);
+        let refused = |input: ib_uverbs_ex_reg_mr_notify, errno, what| {
+            expect_errno(reg_mr(form, &fixture, &input), errno, what);
+        };
+        let comp_mask = 1;
+        refused(
+            ib_uverbs_ex_reg_mr_notify { comp_mask, ..good },
+            Errno::OPNOTSUPP,
+            "comp_mask of REG",
+        );
+        refused(
+            ib_uverbs_ex_reg_mr_notify {
+                access_flags: IB_UVERBS_ACCESS_ON_DEMAND,
+                ..good
+            },
+            Errno::OPNOTSUPP,
+            "on-demand paging",
+        );
+        refused(
+            ib_uverbs_ex_reg_mr_notify { length: 0, ..good },
+            Errno::INVAL,
+            "length of zero",
+        );
+        refused(
+            ib_uverbs_ex_reg_mr_notify {
+                length: u64::MAX,
+                ..good
+            },
+            Errno::INVAL,
+            "wrap around",
+        );
+        refused(
+            ib_uverbs_ex_reg_mr_notify {
+                hca_va: good.start + 1,
+                ..good
+            },
+            Errno::INVAL,
+            "other offset in the page",
+        );
+        refused(
+            ib_uverbs_ex_reg_mr_notify {
+                notify_fd: other.queue.as_fd().as_raw_fd(),
+                ..good
+            },
+            Errno::BADF,
+            "FD of another context",
+        );
+        refused(
+            ib_uverbs_ex_reg_mr_notify {
+                notify_fd: -1,
+                ..good
+            },
+            Errno::BADF,
+            "no FD",
+        );
+
+        let create = |input: &ib_uverbs_ex_create_mmu_notify| {
+            let command = IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY;
+            call::<_, ib_uverbs_ex_create_mmu_notify_resp>(form, &fixture.context, command, input)
+        };
+        let mut input = ib_uverbs_ex_create_mmu_notify::default();
+        input.reserved = 1;
+        expect_errno(create(&input), Errno::INVAL, "reserved of CREATE");
+        input.comp_mask = 1;
+        expect_errno(create(&input), Errno::OPNOTSUPP, "comp_mask of CREATE");
+
+        let mr = reg_mr(form, &fixture, &good).expect("register");
+        let command = IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY;
+        let input = ib_uverbs_ex_dereg_mr_notify {
+            comp_mask,
+            mr_handle: mr.mr_handle,
+        };
+        let result =
+            call::<_, ib_uverbs_ex_dereg_mr_notify_resp>(form, &fixture.context, command, &input);
+        expect_errno(result, Errno::OPNOTSUPP, "comp_mask of DEREG");
+        map.unmap(0..1);
+        fixture.expect(&[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
+        assert_eq!(dereg_mr(form, &fixture, mr.mr_handle).unwrap(), 1);
+        let result = dereg_mr(form, &fixture, mr.mr_handle);
+        expect_errno(result, Errno::NOENT, "DEREG of no region");
+    }
+}
+
+/// Requests and responses of another length: the kernel checks them, as they
+/// are not copied to it whole by themselves.
+#[test]
+fn lengths() {
+    for form in FORMS {
+        let fixture = Fixture::new();
+        let map = Map::new(2);
+        let good = bytes(&reg_input(&fixture, &fixture.queue, map, 0..1));
+        let mut response = [0xff_u8; 64];
+        let full = size_of::<ib_uverbs_ex_reg_mr_notify_resp>();
+        let mut reg = |input: &[u8], room| {
+            let command = IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY;
+            let response = response.as_mut_ptr();
+            send(form, &fixture.context, command, input, response, room)
+        };
+        let short = &good[..good.len() - 8];
+        expect_errno(reg(short, full), Errno::NOSPC, "short request");
+        expect_errno(reg(&good, full - 8), Errno::NOSPC, "short response");
+        expect_errno(reg(&good, 0), Errno::NOSPC, "no response");
+        let longer = [&good[..], &[0, 0, 0, 1, 0, 0, 0, 0]].concat();
+        expect_errno(reg(&longer, full), Errno::OPNOTSUPP, "unknown members");
+        expect_no_regions();
+
+        // Of a later version: what is unknown is zero both ways.
+        let longer = [&good[..], &[0; 8]].concat();
+        reg(&longer, full + 8).expect("longer request and response");
+        assert!(response[full..full + 8].iter().all(|&byte| byte == 0));
+        assert_eq!(response[full + 8], 0xff, "beyond the response");
+    }
+}
+
+/// G3: a response that cannot be written undoes the command; nothing is
+/// reported.
+#[test]
+fn response_faults() {
+    for form in FORMS {
+        let fixture = Fixture::new();
+        let map = Map::new(3);
+        map.unmap(2..3);
+        let input = bytes(&reg_input(&fixture, &fixture.queue, map, 0..2));
+        let room = size_of::<ib_uverbs_ex_reg_mr_notify_resp>();
+        for overlap in [0, 8, 16] {
+            let response = map.at(2).wrapping_sub(overlap);
+            let command = IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY;
+            let result = send(form, &fixture.context, command, &input, response, room);
+            expect_errno(result, Errno::FAULT, "REG");
+        }
+        expect_no_regions();
+        map.dont_need(0..1);
+        fixture.expect_quiet_since(0, "registrations that failed");
+
+        let command = IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY;
+        let input = bytes(&ib_uverbs_ex_create_mmu_notify::default());
+        let room = size_of::<ib_uverbs_ex_create_mmu_notify_resp>();
+        let result = send(form, &fixture.context, command, &input, map.at(2), room);
+        expect_errno(result, Errno::FAULT, "CREATE");
+    }
+}
+
+/// Another address space can use none of it.
+#[test]
+fn another_address_space() {
+    for form in FORMS {
+        let fixture = Fixture::new();
+        let map = Map::new(1);
+        let child = in_child(|| {
+            let input = reg_input(&fixture, &fixture.queue, map, 0..1);
+            expect_errno(reg_mr(form, &fixture, &input), Errno::PERM, "REG");
+            0
+        });
+        // write() is refused to whom the credentials may differ; a plain fork
+        // has the same ones.
+        assert_eq!(child, Exit::Code(0), "{form:?}");
+        fixture.expect_quiet_since(0, "what was refused");
+    }
+}
