@@ -292,11 +292,16 @@ fn refusals() {
             let command = IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY;
             call::<_, ib_uverbs_ex_create_mmu_notify_resp>(form, &fixture.context, command, input)
         };
-        let mut input = ib_uverbs_ex_create_mmu_notify::default();
-        input.reserved = 1;
-        expect_errno(create(&input), Errno::INVAL, "reserved of CREATE");
-        input.comp_mask = 1;
-        expect_errno(create(&input), Errno::OPNOTSUPP, "comp_mask of CREATE");
+        let reserved = ib_uverbs_ex_create_mmu_notify {
+            reserved: 1,
+            ..Default::default()
+        };
+        expect_errno(create(&reserved), Errno::INVAL, "reserved of CREATE");
+        let unknown = ib_uverbs_ex_create_mmu_notify {
+            comp_mask,
+            ..Default::default()
+        };
+        expect_errno(create(&unknown), Errno::OPNOTSUPP, "comp_mask of CREATE");
 
         let mr = reg_mr(form, &fixture, &good).expect("register");
         let command = IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY;
