@@ -8,7 +8,7 @@ help: ## this list
 
 demo: ## a stale registration, without and with notification, in a guest
 	@scripts/demo
-test: ## every test, on the host and on the debug kernel
+test: ## every test, on the host and in guests
 	@scripts/test
 check: tree ## lint and check the series
 	@scripts/check
