@@ -300,7 +300,10 @@ pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static 
 ///
 /// # Invariants
 ///
-/// The notifier in `inner` is in the tree of the address space it was inserted into.
+/// The notifier in `inner` has been inserted, and not been removed since: it is in the tree of the
+/// address space, or about to get there when the invalidations that are running are over. No other
+/// registration has it.
+#[must_use = "dropping it ends the observation"]
 pub struct Registration<T: IntervalNotifierCallback> {
     inner: Arc<T>,
 }
@@ -346,7 +349,7 @@ impl<T: IntervalNotifierCallback> Registration<T> {
             )
         })?;
 
-        // INVARIANT: We have just inserted it, and only `drop()` and `remove()` remove it.
+        // INVARIANT: We have just inserted it, and only `drop()` removes it. It was ours alone.
         Ok(Self { inner })
     }
 
@@ -360,7 +363,7 @@ impl<T: IntervalNotifierCallback> Registration<T> {
         // The sequence number would tell whether a callback has run by the end of a critical
         // section. There is none here: an object sees its callbacks itself.
         //
-        // SAFETY: The notifier is in a tree by the type invariants.
+        // SAFETY: The notifier is inserted by the type invariants.
         unsafe { bindings::mmu_interval_read_begin(Self::raw_notifier(&self.inner)) };
     }
 
@@ -416,7 +419,7 @@ impl<T: IntervalNotifierCallback> Registration<T> {
 
 impl<T: IntervalNotifierCallback> Drop for Registration<T> {
     fn drop(&mut self) {
-        // SAFETY: The notifier is in a tree by the type invariants, and ceases to be now.
+        // SAFETY: The notifier is inserted by the type invariants, and ceases to be now.
         unsafe { bindings::mmu_interval_notifier_remove(Self::raw_notifier(&self.inner)) };
     }
 }

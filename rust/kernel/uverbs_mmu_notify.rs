@@ -203,8 +203,9 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_poll(
 ) -> bindings::__poll_t {
     // SAFETY: The caller owns a reference during this call.
     let queue = unsafe { borrow_queue(queue) };
-    // SAFETY: The caller promises that the file is valid. It is being polled, so that this task
-    // has no active `fdget_pos()` on it that did not take `f_pos_lock`.
+    // SAFETY: The caller promises that the file is valid. `fdget_pos()` takes no lock for a file
+    // without a position, but nothing reads or writes the position of this one, and the reference
+    // is used for `poll_wait()` only.
     let file = unsafe { File::from_raw_file(file) };
     // SAFETY: The caller promises that the table is null or valid.
     let table = unsafe { PollTable::from_raw(wait) };

@@ -110,6 +110,9 @@ pub(crate) struct Queue {
     inner: SpinLock<Inner>,
 }
 
+/// # Invariants
+///
+/// `pending` only holds watches whose `queue` is the one that this belongs to.
 struct Inner {
     /// Watches that have been hit since the last delivery, in the order of their first hit.
     pending: List<Watch>,
@@ -135,8 +138,8 @@ pub(crate) struct Watch {
     tracker: AtomicTracker,
 }
 
-// With the reference count of its `Arc` a watch fits in kmalloc-192.
-const _: () = assert!(size_of::<Watch>() <= 192 - size_of::<usize>());
+// With a notifier of 88 bytes and the reference count of its `Arc` a watch fits in kmalloc-192.
+const _: () = assert!(size_of::<Watch>() - size_of::<IntervalNotifier<Watch>>() <= 96);
 
 impl_list_arc_safe! {
     impl ListArcSafe<0> for Watch { tracked_by tracker: AtomicTracker; }
@@ -239,23 +242,6 @@ impl Queue {
         // Release: whoever loads this value with acquire order, and then reads the FD, finds all
         // that was queued before.
         self.page.generation.store(inner.generation, Release);
-    }
-
-    /// Queues a watch that was hit, unless it is queued already, bumps the counter, and unlocks.
-    fn report(&self, mut inner: Guard<'_, Inner, SpinLockBackend>, watch: ArcBorrow<'_, Watch>) {
-        // Whoever waits does so for an empty queue to become another.
-        let wake = inner.pending.is_empty() && (inner.sleepers != 0 || inner.polled);
-
-        // There is no `ListArc` to be had of a watch that is in the list.
-        if let Some(watch) = ListArc::try_from_arc_borrow(watch) {
-            inner.pending.push_back(watch);
-        }
-        self.bump(&mut inner);
-        drop(inner);
-
-        if wake {
-            self.readers.notify_all();
-        }
     }
 
     /// Sleeps until there is something to read. The lock is released meanwhile.
@@ -413,15 +399,36 @@ impl Watch {
         Ok(registration)
     }
 
+    /// Queues the watch, which was hit, unless it is queued already, bumps the counter, and unlocks.
+    ///
+    /// `inner` must be that of its queue.
+    fn report(self: ArcBorrow<'_, Self>, mut inner: Guard<'_, Inner, SpinLockBackend>) {
+        let queue = &self.queue;
+        // Whoever waits does so for an empty queue to become another.
+        let wake = inner.pending.is_empty() && (inner.sleepers != 0 || inner.polled);
+
+        // There is no `ListArc` to be had of a watch that is in the list.
+        if let Some(watch) = ListArc::try_from_arc_borrow(self) {
+            // INVARIANT: `inner` belongs to the queue of the watch.
+            inner.pending.push_back(watch);
+        }
+        queue.bump(&mut inner);
+        drop(inner);
+
+        if wake {
+            queue.readers.notify_all();
+        }
+    }
+
     /// Starts to report, beginning with what has been hit since [`Watch::new`]. Cannot fail.
     ///
-    /// Any context that may take a spinlock.
+    /// Process context, does not sleep.
     pub(crate) fn go_live(self: ArcBorrow<'_, Self>) {
         let mut inner = self.queue.inner.lock();
         let generation = inner.next_generation();
 
         if self.state.access_mut(&mut inner).go_live(generation) && !inner.closed {
-            self.queue.report(inner, self);
+            self.report(inner);
         }
     }
 }
@@ -445,7 +452,7 @@ impl IntervalNotifierCallback for Watch {
             reported.then_some(generation),
         );
         if reported {
-            this.queue.report(inner, this);
+            this.report(inner);
         }
     }
 }
@@ -460,9 +467,9 @@ pub(crate) fn detach(registration: Registration<Watch>) -> u32 {
     let watch = registration.remove();
 
     let mut inner = watch.queue.inner.lock();
-    // SAFETY: `links` is only ever in the list of the queue of the watch, which never changes: that
-    // list is the only one of its type, it is not moved, and `Queue::report()`, which puts watches
-    // into it, is called on the queue of the watch.
+    // SAFETY: `links` is only ever in the list `pending` of a queue: that is the only list of this
+    // type, and it is never moved to another. By the invariant of `Inner` it is that of the queue of
+    // the watch, which never changes, and `inner` belongs to this one.
     let queued = unsafe { inner.pending.remove(&watch) };
     let state = watch.state.access(&inner);
     let (cookie, count) = (state.cookie(), state.count());

@@ -23,12 +23,12 @@ kernel::declare_trace! {
     /// # Safety
     ///
     /// Always safe to call.
-    unsafe fn mmu_notify_attach(queue: *const c_void, cookie: u64, start: u64, end: u64);
+    unsafe fn uverbs_mmu_notify_attach(queue: *const c_void, cookie: u64, start: u64, end: u64);
 
     /// # Safety
     ///
     /// Always safe to call.
-    unsafe fn mmu_notify_hit(
+    unsafe fn uverbs_mmu_notify_hit(
         queue: *const c_void,
         cookie: u64,
         event: c_int,
@@ -40,7 +40,7 @@ kernel::declare_trace! {
     /// # Safety
     ///
     /// `record` must be valid for reads.
-    unsafe fn mmu_notify_deliver(
+    unsafe fn uverbs_mmu_notify_deliver(
         queue: *const c_void,
         record: *const bindings::ib_uverbs_mmu_notify_event,
     );
@@ -48,7 +48,7 @@ kernel::declare_trace! {
     /// # Safety
     ///
     /// Always safe to call.
-    unsafe fn mmu_notify_detach(queue: *const c_void, cookie: u64, events_reported: u32);
+    unsafe fn uverbs_mmu_notify_detach(queue: *const c_void, cookie: u64, events_reported: u32);
 }
 
 /// An MR with the addresses `range` is watched.
@@ -57,7 +57,7 @@ pub(crate) fn attach(queue: &Queue, cookie: u64, range: &Range<usize>) {
     let queue = ptr::from_ref(queue).cast();
 
     // SAFETY: Always safe to call.
-    unsafe { mmu_notify_attach(queue, cookie, range.start as u64, range.end as u64) }
+    unsafe { uverbs_mmu_notify_attach(queue, cookie, range.start as u64, range.end as u64) }
 }
 
 /// An invalidation concerns an MR; `generation` if it is reported now.
@@ -74,7 +74,7 @@ pub(crate) fn hit(
     let generation = generation.unwrap_or(0);
 
     // SAFETY: Always safe to call.
-    unsafe { mmu_notify_hit(queue, cookie, event, start as u64, end as u64, generation) }
+    unsafe { uverbs_mmu_notify_hit(queue, cookie, event, start as u64, end as u64, generation) }
 }
 
 /// A record was copied to userspace.
@@ -83,7 +83,7 @@ pub(crate) fn deliver(queue: &Queue, record: &Record) {
     let queue = ptr::from_ref(queue).cast();
 
     // SAFETY: The reference is valid for reads, and `Record` has the layout of the C struct.
-    unsafe { mmu_notify_deliver(queue, ptr::from_ref(record).cast()) }
+    unsafe { uverbs_mmu_notify_deliver(queue, ptr::from_ref(record).cast()) }
 }
 
 /// An MR, of which `events_reported` records were delivered, is not watched any more.
@@ -92,5 +92,5 @@ pub(crate) fn detach(queue: &Queue, cookie: u64, events_reported: u32) {
     let queue = ptr::from_ref(queue).cast();
 
     // SAFETY: Always safe to call.
-    unsafe { mmu_notify_detach(queue, cookie, events_reported) }
+    unsafe { uverbs_mmu_notify_detach(queue, cookie, events_reported) }
 }

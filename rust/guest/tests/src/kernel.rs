@@ -161,7 +161,7 @@ impl Watches {
         let this = Self(instance.into());
         fs::create_dir(&this.0).expect("make an instance of the tracing system");
         for event in ["attach", "detach"] {
-            let enable = format!("events/ib_uverbs_mmu_notify/mmu_notify_{event}/enable");
+            let enable = format!("events/ib_uverbs_mmu_notify/uverbs_mmu_notify_{event}/enable");
             fs::write(this.0.join(enable), "1").expect("enable a tracepoint");
         }
         this
@@ -172,7 +172,7 @@ impl Watches {
     pub fn expect_ended(&self, begun: usize) {
         let trace = fs::read_to_string(self.0.join("trace")).expect("read the trace");
         let count = |event| trace.matches(event).count();
-        let seen = (count(" mmu_notify_attach: "), count(" mmu_notify_detach: "));
+        let seen = (count(" uverbs_mmu_notify_attach: "), count(" uverbs_mmu_notify_detach: "));
         assert_eq!(seen, (begun, begun), "watches that began, and that ended");
     }
 }
