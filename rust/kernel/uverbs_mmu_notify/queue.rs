@@ -138,9 +138,6 @@ pub(crate) struct Watch {
     tracker: AtomicTracker,
 }
 
-// With a notifier of 88 bytes and the reference count of its `Arc` a watch fits in kmalloc-192.
-const _: () = assert!(size_of::<Watch>() - size_of::<IntervalNotifier<Watch>>() <= 96);
-
 impl_list_arc_safe! {
     impl ListArcSafe<0> for Watch { tracked_by tracker: AtomicTracker; }
 }

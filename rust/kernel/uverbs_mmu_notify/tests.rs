@@ -264,6 +264,12 @@ mod queue_and_watches {
     use super::*;
 
     #[test]
+    fn watch_fits_in_kmalloc_192() {
+        // With the reference count of its `Arc`.
+        assert!(size_of::<Watch>() + size_of::<usize>() <= 192);
+    }
+
+    #[test]
     fn order_is_that_of_the_first_hit() -> Result {
         let queue = new_queue()?;
         let map = Map::new(4)?;
