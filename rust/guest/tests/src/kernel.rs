@@ -172,7 +172,10 @@ impl Watches {
     pub fn expect_ended(&self, begun: usize) {
         let trace = fs::read_to_string(self.0.join("trace")).expect("read the trace");
         let count = |event| trace.matches(event).count();
-        let seen = (count(" uverbs_mmu_notify_attach: "), count(" uverbs_mmu_notify_detach: "));
+        let seen = (
+            count(" uverbs_mmu_notify_attach: "),
+            count(" uverbs_mmu_notify_detach: "),
+        );
         assert_eq!(seen, (begun, begun), "watches that began, and that ended");
     }
 }

@@ -38,7 +38,9 @@ fn traced(cookie: u64) -> Vec<String> {
         .map(|line| format!("{line} "))
         .filter(|line| line.contains(&of_cookie))
         .map(|line| {
-            let (_, line) = line.split_once(": uverbs_mmu_notify_").expect("one of ours");
+            let (_, line) = line
+                .split_once(": uverbs_mmu_notify_")
+                .expect("one of ours");
             let (name, rest) = line.split_once(": queue=").expect("it has a queue");
             let (_, fields) = rest.split_once(' ').expect("it has fields");
             format!("{name} {}", fields.trim())

@@ -43,7 +43,10 @@ fn main() {
     let (_, plain) = register(&fixture, Map::new(COUNT * PAGES), PAGES, false);
     let (_, watched) = register(&fixture, Map::new(COUNT * PAGES), PAGES, true);
     println!("REG_MR of 64 KiB                       {plain:8.0}");
-    println!("watching it                            {:8.0}", watched - plain);
+    println!(
+        "watching it                            {:8.0}",
+        watched - plain
+    );
 
     let unmap = |watched| {
         let map = Map::new(COUNT);
@@ -53,7 +56,10 @@ fn main() {
     let (plain, _mrs) = unmap(false);
     let (watched, mut mrs) = unmap(true);
     println!("munmap of a page                       {plain:8.0}");
-    println!("a hit                                  {:8.0}", watched - plain);
+    println!(
+        "a hit                                  {:8.0}",
+        watched - plain
+    );
 
     let mut events = [Event::default(); COUNT];
     let start = Instant::now();
