@@ -396,7 +396,7 @@ impl Watch {
         Ok(registration)
     }
 
-    /// Queues the watch, which was hit, unless it is queued already, bumps the counter, and unlocks.
+    /// Queues the watch that was hit, unless it is queued already, bumps the counter, and unlocks.
     ///
     /// `inner` must be that of its queue.
     fn report(self: ArcBorrow<'_, Self>, mut inner: Guard<'_, Inner, SpinLockBackend>) {
@@ -465,8 +465,8 @@ pub(crate) fn detach(registration: Registration<Watch>) -> u32 {
 
     let mut inner = watch.queue.inner.lock();
     // SAFETY: `links` is only ever in the list `pending` of a queue: that is the only list of this
-    // type, and it is never moved to another. By the invariant of `Inner` it is that of the queue of
-    // the watch, which never changes, and `inner` belongs to this one.
+    // type, and it is never moved to another. By the invariant of `Inner` it is that of the queue
+    // of the watch, which never changes, and `inner` belongs to this one.
     let queued = unsafe { inner.pending.remove(&watch) };
     let state = watch.state.access(&inner);
     let (cookie, count) = (state.cookie(), state.count());
