@@ -14,6 +14,8 @@ check: tree ## lint and check the series
 	@scripts/check
 check-full: tree ## what of that takes long: each patch, each configuration
 	@scripts/check ci/full
+failures: tree ## races and failures forced in the debug kernel
+	@scripts/failures
 mutants: tree ## break the kernel in known ways: do the tests notice?
 	@scripts/mutants
 host-test: tree ## the tests that need no kernel
@@ -31,4 +33,4 @@ setup: ## install what is missing
 clean: ## remove the kernels and programs built, not the source tree
 	rm -rf build/release build/debug build/off build/each* build/mutate* build/headers build/cargo build/out
 
-.PHONY: help demo test check check-full mutants host-test boot build tree refresh setup clean
+.PHONY: help demo test check check-full failures mutants host-test boot build tree refresh setup clean
