@@ -8,7 +8,7 @@ help: ## this list
 
 demo: ## a stale registration, without and with notification, in a guest
 	@scripts/demo
-test: ## every test, on the host and in guests
+test: ## the tests, on the host and in guests; not those of failures
 	@scripts/test
 check: tree ## lint and check the series
 	@scripts/check
