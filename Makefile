@@ -8,16 +8,18 @@ help: ## this list
 
 demo: ## a stale registration, without and with notification, in a guest
 	@scripts/demo
-test: ## the tests, on the host and in guests; not those of failures
+test: ## every test, on the host and in guests
 	@scripts/test
 check: tree ## lint and check the series
 	@scripts/check
 check-full: tree ## what of that takes long: each patch, each configuration
 	@scripts/check ci/full
-failures: tree ## races and failures forced in the debug kernel
-	@scripts/failures
 mutants: tree ## break the kernel in known ways: do the tests notice?
 	@scripts/mutants
+bench: ## what watching costs, in instructions
+	@scripts/bench
+stress: ## the random tests on the debug kernel, again and again
+	@scripts/stress
 host-test: tree ## the tests that need no kernel
 	@scripts/programs scripts/host-test
 boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|debug
@@ -33,4 +35,4 @@ setup: ## install what is missing
 clean: ## remove the kernels and programs built, not the source tree
 	rm -rf build/release build/debug build/off build/each* build/mutate* build/headers build/cargo build/out
 
-.PHONY: help demo test check check-full failures mutants host-test boot build tree refresh setup clean
+.PHONY: help demo test check check-full mutants bench stress host-test boot build tree refresh setup clean

@@ -144,15 +144,16 @@ fn response_faults() {
     if fixture.context.driver_id() == RDMA_DRIVER_SIW {
         faults.push(Fault::Output(UVERBS_ATTR_UHW_OUT));
     }
+    let watches = Watches::new();
+    let mut begun = 0;
     for fault in faults {
         let clean = Map::new(2);
         let stale = born_stale(&fixture);
         for (map, args) in [(clean, fixture.args(clean, 0..2, 7)), stale] {
-            let watches = Watches::new();
             reg_faults(&fixture, &args, fault);
             // The handle is written first.
-            let begun = !matches!(fault, Fault::Attr(UVERBS_ATTR_REG_MR_HANDLE));
-            watches.expect_ended(begun.into());
+            begun += usize::from(!matches!(fault, Fault::Attr(UVERBS_ATTR_REG_MR_HANDLE)));
+            watches.expect_ended(begun);
             fixture.expect_quiet_since(0, &format!("{fault:?}"));
             expect_no_regions();
             map.unmap(0..2);

@@ -178,11 +178,6 @@ impl GenerationPage {
         fence(Ordering::Acquire);
         value
     }
-
-    /// Where the page is mapped.
-    pub fn as_ptr(&self) -> *mut ib_uverbs_mmu_notify_page {
-        self.page.as_ptr()
-    }
 }
 
 impl Drop for GenerationPage {
