@@ -285,6 +285,13 @@ pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static 
     ///
     /// [`GFP_NOWAIT`]: crate::alloc::flags::GFP_NOWAIT
     fn invalidate(this: ArcBorrow<'_, Self>, invalidation: &Invalidation);
+
+    /// Called when the notifier has been removed: [`Self::invalidate`] will not run any more.
+    ///
+    /// # Context
+    ///
+    /// That in which the [`Registration`] is dropped.
+    fn removed(_this: ArcBorrow<'_, Self>) {}
 }
 
 /// The insertion of an object into the notifier tree of an address space.
@@ -373,6 +380,10 @@ impl<T: IntervalNotifierCallback> Registration<T> {
     }
 
     /// Removes the object from the tree, like dropping the registration does, and returns it.
+    ///
+    /// # Context
+    ///
+    /// The same as for dropping it.
     pub fn remove(self) -> Arc<T> {
         let inner = self.inner.clone();
         drop(self);
@@ -421,6 +432,8 @@ impl<T: IntervalNotifierCallback> Drop for Registration<T> {
     fn drop(&mut self) {
         // SAFETY: The notifier is inserted by the type invariants, and ceases to be now.
         unsafe { bindings::mmu_interval_notifier_remove(Self::raw_notifier(&self.inner)) };
+
+        T::removed(self.inner.as_arc_borrow());
     }
 }
 

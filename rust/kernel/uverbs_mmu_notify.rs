@@ -8,8 +8,12 @@
 //!
 //! [`uverbs_mmu_notify.h`]: srctree/drivers/infiniband/core/uverbs_mmu_notify.h
 
-use core::mem::offset_of;
+use core::{
+    mem::offset_of,
+    ptr::NonNull, //
+};
 use kernel::{
+    alloc::allocator::Vmalloc,
     bindings,
     fs::File,
     mm::{
@@ -61,6 +65,8 @@ const _: () = {
         ib_uverbs_mmu_notify_page as UapiPage, //
     };
 
+    // With the count of references it fits the slab of 192 bytes.
+    assert!(size_of::<queue::Watch>() + size_of::<usize>() <= 192);
     assert!(size_of::<Record>() == size_of::<UapiEvent>());
     assert!(offset_of!(Record, cookie) == offset_of!(UapiEvent, cookie));
     assert!(offset_of!(Record, start) == offset_of!(UapiEvent, start));
@@ -223,8 +229,8 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_page(
     // SAFETY: The caller owns a reference during this call.
     let queue = unsafe { borrow_queue(queue) };
 
-    // SAFETY: The counter page is an allocation of vmalloc, of one page.
-    unsafe { bindings::vmalloc_to_page(core::ptr::from_ref(queue.page()).cast()) }
+    // SAFETY: The counter page is an allocation of vmalloc, which lives as long as the queue.
+    unsafe { Vmalloc::to_page(NonNull::from(queue.page()).cast()) }.as_ptr()
 }
 
 /// # Safety

@@ -211,6 +211,7 @@ pub mod interval_notifier {
 
     pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static {
         fn invalidate(this: ArcBorrow<'_, Self>, invalidation: &Invalidation);
+        fn removed(_this: ArcBorrow<'_, Self>) {}
     }
 
     pub struct Registration<T: IntervalNotifierCallback> {
@@ -266,6 +267,7 @@ pub mod interval_notifier {
     impl<T: IntervalNotifierCallback> Drop for Registration<T> {
         fn drop(&mut self) {
             self.mm.remove(self.id);
+            T::removed(self.object.as_arc_borrow());
         }
     }
 

@@ -13,7 +13,7 @@
 //!
 //! A watch owns a reference to its queue. The queue owns one to a watch while a record of it waits
 //! to be delivered, that is, while it is in the list. The watch lives longer than that: its
-//! [`Registration`] owns another, which [`detach`] keeps until the watch is out of the list.
+//! [`Registration`] owns another, until it has taken the watch out of the list.
 
 use super::{
     state::{
@@ -354,7 +354,7 @@ impl Watch {
     /// Starts to observe the addresses `range`, untagged, the end not included, of `mm`.
     ///
     /// Nothing is reported before [`Watch::go_live`], but all changes of the mapping after the
-    /// return of this function are seen. Must be undone by [`detach`].
+    /// return of this function are seen. Goes on until the registration is dropped or [`detach`]ed.
     ///
     /// Fails with `EPERM` if `mm` is not that of the creator of the queue, with `EINVAL` if the
     /// range is empty or its pages reach to the end of the addresses, with `EIO` if the queue is
@@ -398,15 +398,18 @@ impl Watch {
 
     /// Queues the watch that was hit, unless it is queued already, bumps the counter, and unlocks.
     ///
-    /// `inner` must be that of its queue.
+    /// # Panics
+    ///
+    /// If `inner` is not that of the queue of the watch.
     fn report(self: ArcBorrow<'_, Self>, mut inner: Guard<'_, Inner, SpinLockBackend>) {
+        self.state.access(&inner);
         let queue = &self.queue;
         // Whoever waits does so for an empty queue to become another.
         let wake = inner.pending.is_empty() && (inner.sleepers != 0 || inner.polled);
 
         // There is no `ListArc` to be had of a watch that is in the list.
         if let Some(watch) = ListArc::try_from_arc_borrow(self) {
-            // INVARIANT: `inner` belongs to the queue of the watch.
+            // INVARIANT: `inner` belongs to the queue of the watch, or we had not come here.
             inner.pending.push_back(watch);
         }
         queue.bump(&mut inner);
@@ -452,6 +455,20 @@ impl IntervalNotifierCallback for Watch {
             this.report(inner);
         }
     }
+
+    fn removed(this: ArcBorrow<'_, Self>) {
+        let mut inner = this.queue.inner.lock();
+        // SAFETY: `links` is only ever in the list `pending` of a queue: that is the only list of
+        // this type, and it is never moved to another. By the invariant of `Inner` it is that of
+        // the queue of the watch, which never changes, and `inner` belongs to this one.
+        let queued = unsafe { inner.pending.remove(&this) };
+        let state = this.state.access(&inner);
+        let (cookie, count) = (state.cookie(), state.count());
+        drop(inner);
+
+        trace::detach(&this.queue, cookie, count);
+        drop(queued);
+    }
 }
 
 /// Ends a watch and returns how many of its records have been delivered, modulo 2^32.
@@ -460,19 +477,8 @@ impl IntervalNotifierCallback for Watch {
 /// delivery any more. Process context; sleeps, maybe until unrelated invalidations in the address
 /// space are over; no lock that is held around an invalidation may be held.
 pub(crate) fn detach(registration: Registration<Watch>) -> u32 {
-    // The callback has to end first: it would queue the watch again.
     let watch = registration.remove();
+    let inner = watch.queue.inner.lock();
 
-    let mut inner = watch.queue.inner.lock();
-    // SAFETY: `links` is only ever in the list `pending` of a queue: that is the only list of this
-    // type, and it is never moved to another. By the invariant of `Inner` it is that of the queue
-    // of the watch, which never changes, and `inner` belongs to this one.
-    let queued = unsafe { inner.pending.remove(&watch) };
-    let state = watch.state.access(&inner);
-    let (cookie, count) = (state.cookie(), state.count());
-    drop(inner);
-
-    trace::detach(&watch.queue, cookie, count);
-    drop(queued);
-    count
+    watch.state.access(&inner).count()
 }

@@ -198,76 +198,74 @@ mod state {
 
     #[test]
     fn hull_is_clipped() {
-        let mut state = State::new(0x1100..0x5200, 7);
+        let mut state = State::new(PAGE_SIZE + 0x100..5 * PAGE_SIZE + 0x200, 7);
 
         assert!(!state.go_live(0));
-        assert!(!state.hit(0..0x1000, Reason::Unmapped, 1));
-        assert!(!state.hit(0x6000..0x7000, Reason::Unmapped, 1));
+        assert!(!state.hit(0..PAGE_SIZE, Reason::Unmapped, 1));
+        assert!(!state.hit(6 * PAGE_SIZE..7 * PAGE_SIZE, Reason::Unmapped, 1));
         assert_eq!(state.record().reasons, 0);
         assert!(state.hit(0..usize::MAX, Reason::Exited, 1));
-        assert_eq!(state.record().start, 0x1100);
-        assert_eq!(state.record().end, 0x5200);
+        assert_eq!(state.record().start as usize, PAGE_SIZE + 0x100);
+        assert_eq!(state.record().end as usize, 5 * PAGE_SIZE + 0x200);
     }
 
     #[test]
     fn pages_change_as_a_whole() {
-        let mut state = State::new(0x1000..0x5000, 7);
+        let mut state = State::new(PAGE_SIZE..5 * PAGE_SIZE, 7);
 
         state.go_live(0);
-        assert!(state.hit(0x2ff0..0x3010, Reason::Unmapped, 1));
-        assert_eq!(state.record().start, 0x2000);
-        assert_eq!(state.record().end, 0x4000);
+        assert!(state.hit(
+            3 * PAGE_SIZE - 0x10..3 * PAGE_SIZE + 0x10,
+            Reason::Unmapped,
+            1
+        ));
+        assert_eq!(state.record().start as usize, 2 * PAGE_SIZE);
+        assert_eq!(state.record().end as usize, 4 * PAGE_SIZE);
     }
 
     #[test]
     fn hits_merge() {
-        let mut state = State::new(0x1000..0x9000, 7);
+        let mut state = State::new(PAGE_SIZE..9 * PAGE_SIZE, 7);
 
         state.go_live(0);
-        assert!(state.hit(0x6000..0x7000, Reason::Unmapped, 1));
-        assert!(state.hit(0x2000..0x3000, Reason::MaybeStale, 2));
+        assert!(state.hit(6 * PAGE_SIZE..7 * PAGE_SIZE, Reason::Unmapped, 1));
+        assert!(state.hit(2 * PAGE_SIZE..3 * PAGE_SIZE, Reason::MaybeStale, 2));
         let record = state.record();
         assert_eq!(record.cookie, 7);
-        assert_eq!(record.start, 0x2000);
-        assert_eq!(record.end, 0x7000);
+        assert_eq!(record.start as usize, 2 * PAGE_SIZE);
+        assert_eq!(record.end as usize, 7 * PAGE_SIZE);
         assert_eq!(record.generation, 2);
         assert_eq!(record.reasons, UNMAPPED | MAYBE_STALE);
     }
 
     #[test]
     fn delivery_begins_anew() {
-        let mut state = State::new(0x1000..0x9000, 7);
+        let mut state = State::new(PAGE_SIZE..9 * PAGE_SIZE, 7);
 
         state.go_live(0);
-        state.hit(0x6000..0x7000, Reason::Unmapped, 1);
+        state.hit(6 * PAGE_SIZE..7 * PAGE_SIZE, Reason::Unmapped, 1);
         state.delivered();
         assert_eq!(state.count(), 1);
         assert_eq!(state.record().reasons, 0);
-        assert!(state.hit(0x2000..0x3000, Reason::MaybeStale, 2));
-        assert_eq!(state.record().end, 0x3000);
+        assert!(state.hit(2 * PAGE_SIZE..3 * PAGE_SIZE, Reason::MaybeStale, 2));
+        assert_eq!(state.record().end as usize, 3 * PAGE_SIZE);
         assert_eq!(state.record().reasons, MAYBE_STALE);
     }
 
     #[test]
     fn hits_before_going_live_are_kept() {
-        let mut state = State::new(0x1000..0x9000, 7);
+        let mut state = State::new(PAGE_SIZE..9 * PAGE_SIZE, 7);
 
-        assert!(!state.hit(0x2000..0x3000, Reason::MaybeStale, 1));
+        assert!(!state.hit(2 * PAGE_SIZE..3 * PAGE_SIZE, Reason::MaybeStale, 1));
         assert!(state.go_live(5));
         assert_eq!(state.record().generation, 5);
-        assert_eq!(state.record().start, 0x2000);
+        assert_eq!(state.record().start as usize, 2 * PAGE_SIZE);
     }
 }
 
 #[kunit_tests(ib_uverbs_mmu_notify_queue)]
 mod queue_and_watches {
     use super::*;
-
-    #[test]
-    fn watch_fits_in_kmalloc_192() {
-        // With the reference count of its `Arc`.
-        assert!(size_of::<Watch>() + size_of::<usize>() <= 192);
-    }
 
     #[test]
     fn order_is_that_of_the_first_hit() -> Result {
@@ -378,6 +376,18 @@ mod queue_and_watches {
         assert_eq!(records[0], map.record(1..2, 2, 2));
         assert_eq!(queue::detach(first), 1);
         assert_eq!(queue::detach(second), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn dropped_registration_leaves_the_queue() -> Result {
+        let queue = new_queue()?;
+        let map = Map::new(2)?;
+        let watch = watch(&queue, &map, 0..2, 1)?;
+
+        map.unmap(0..1)?;
+        drop(watch);
+        assert_eq!(read(&queue, 1, 1).err(), Some(EAGAIN));
         Ok(())
     }
 
