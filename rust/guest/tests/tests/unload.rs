@@ -76,8 +76,11 @@ fn modules_are_unloaded() {
     if loaded("mmu_notify_test") {
         assert!(unload("mmu_notify_test"), "unload the tests' module");
     }
-    // The rest is what they need, in no particular order.
-    let modules = format!("modprobe -r -a -d {} ib_uverbs siw rdma_rxe", restore.0);
+    // The rest is what they need. The last of it needs all others to be gone.
+    let modules = format!(
+        "modprobe -r -a -d {} ib_uverbs siw rdma_rxe ib_core",
+        restore.0
+    );
     run(&modules);
     for module in MODULES {
         assert!(!loaded(module), "{module} is still loaded");
