@@ -21,7 +21,7 @@ mod process;
 mod userfault;
 
 pub use device::{Device, device, expect_no_regions, run};
-pub use kernel::{FailingDereg, Hold, Ready, Stack, Warnings, Watches};
+pub use kernel::{FailingDereg, Hold, Ready, Stack, Warnings, Watches, counter_pages};
 pub use map::{Map, PAGE, memfd};
 pub use process::{Blocked, Child, Exit, in_child, stop, within};
 pub use userfault::Userfault;
