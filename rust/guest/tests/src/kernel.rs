@@ -147,6 +147,40 @@ impl Warnings {
     }
 }
 
+/// Fails allocations of the slab that this thread makes, once armed.
+pub struct FailAllocation(File);
+
+impl FailAllocation {
+    /// Fails none yet.
+    #[expect(clippy::new_without_default)]
+    pub fn new() -> Self {
+        // Also those that may sleep, and without a word.
+        for (file, value) in [("ignore-gfp-wait", "N"), ("verbose", "0")] {
+            fs::write(format!("/sys/kernel/debug/failslab/{file}"), value)
+                .expect("set up failslab");
+        }
+        let mut options = File::options();
+        let file = options
+            .read(true)
+            .write(true)
+            .open("/proc/thread-self/fail-nth");
+        Self(file.expect("open fail-nth"))
+    }
+
+    /// Lets the allocation number `nth`, from 1, of what `run` asks of the kernel fail.
+    /// Returns what it returns, and whether there was one.
+    pub fn at<T>(&self, nth: u32, run: impl FnOnce() -> T) -> (T, bool) {
+        let mut left = [0; 16];
+        self.0
+            .write_all_at(nth.to_string().as_bytes(), 0)
+            .expect("arm");
+        let result = run();
+        let len = self.0.read_at(&mut left, 0).expect("read what is left");
+        self.0.write_all_at(b"0", 0).expect("disarm");
+        (result, &left[..len] == b"0\n")
+    }
+}
+
 /// The watches that begin and end, counted by their tracepoints. What else could
 /// tell that one is left behind? Its callback reports nothing, and kmemleak finds
 /// neither it nor the address space that it keeps: that of a page table is in a
@@ -167,16 +201,21 @@ impl Watches {
         this
     }
 
+    /// How many have begun, and how many have ended.
+    pub fn seen(&self) -> (usize, usize) {
+        let trace = fs::read_to_string(self.0.join("trace")).expect("read the trace");
+        let count = |event| trace.matches(event).count();
+        (
+            count(" uverbs_mmu_notify_attach: "),
+            count(" uverbs_mmu_notify_detach: "),
+        )
+    }
+
     /// `begun` watches must have begun, and each must have ended.
     #[track_caller]
     pub fn expect_ended(&self, begun: usize) {
-        let trace = fs::read_to_string(self.0.join("trace")).expect("read the trace");
-        let count = |event| trace.matches(event).count();
-        let seen = (
-            count(" uverbs_mmu_notify_attach: "),
-            count(" uverbs_mmu_notify_detach: "),
-        );
-        assert_eq!(seen, (begun, begun), "watches that began, and that ended");
+        let both = (begun, begun);
+        assert_eq!(self.seen(), both, "watches that began, and that ended");
     }
 }
 

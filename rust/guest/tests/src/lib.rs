@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What the tests share. Each test is meant to have a process of its own, as
-//! cargo-nextest gives it, and none may run at the same time as another.
+//! cargo-nextest gives it. Those that count or fail what others share run alone, see
+//! ci/nextest.toml.
 //!
 //! The files of `tests/` are by theme. A test says which line of the interface
 //! it holds, or which guarantee:
@@ -21,9 +22,11 @@ mod process;
 mod userfault;
 
 pub use device::{Device, device, expect_no_regions, run};
-pub use kernel::{FailingDereg, Hold, Ready, Stack, Warnings, Watches, counter_pages};
+pub use kernel::{
+    FailAllocation, FailingDereg, Hold, Ready, Stack, Warnings, Watches, counter_pages,
+};
 pub use map::{Map, PAGE, memfd};
-pub use process::{Blocked, Child, Exit, in_child, stop, within};
+pub use process::{Blocked, Child, Exit, in_child, stop, stop_traced, within};
 pub use userfault::Userfault;
 
 use rustix::io::Errno;

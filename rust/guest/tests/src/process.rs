@@ -138,6 +138,35 @@ impl Child {
         self.signal(Signal::CONT);
     }
 
+    /// Lets a child that has called [`stop_traced`] go on, with a signal pending from the
+    /// moment when it begins system call `call`. The signal is dropped after that.
+    #[track_caller]
+    pub fn interrupt(&self, call: c_long) {
+        let pid = self.0.as_raw_nonzero().get();
+        let trace = |request, size: usize, data: *mut c_void| {
+            // SAFETY: Of these requests only one writes, to `data` of that size.
+            let ret = unsafe { libc::ptrace(request, pid, size, data) };
+            assert!(ret >= 0, "ptrace: {}", std::io::Error::last_os_error());
+        };
+        loop {
+            trace(libc::PTRACE_SYSCALL, 0, ptr::null_mut());
+            self.wait_stopped();
+            // SAFETY: All members are numbers.
+            let mut info: libc::ptrace_syscall_info = unsafe { std::mem::zeroed() };
+            let size = size_of_val(&info);
+            trace(libc::PTRACE_GET_SYSCALL_INFO, size, (&raw mut info).cast());
+            // SAFETY: It is what `op` says.
+            let number = || unsafe { info.u.entry.nr };
+            if info.op == libc::PTRACE_SYSCALL_INFO_ENTRY && number() == call as u64 {
+                break;
+            }
+        }
+        self.signal(Signal::USR1);
+        trace(libc::PTRACE_CONT, 0, ptr::null_mut());
+        self.wait_stopped();
+        trace(libc::PTRACE_CONT, 0, ptr::null_mut());
+    }
+
     /// Takes a duplicate of the child's FD whose link in /proc begins so.
     #[track_caller]
     pub fn fd(&self, link: &str) -> OwnedFd {
@@ -183,6 +212,14 @@ fn wait_asleep(path: &str, calls: &[c_long], expect_alive: impl Fn()) {
 /// Stops this process until it is resumed.
 pub fn stop() {
     kill_process(rustix::process::getpid(), Signal::STOP).expect("kill");
+}
+
+/// Stops this process, a child, for [`Child::interrupt`].
+pub fn stop_traced() {
+    // SAFETY: The parent may look at this process, and does that in `interrupt` only.
+    let ret = unsafe { libc::ptrace(libc::PTRACE_TRACEME) };
+    assert_eq!(ret, 0, "ptrace: {}", std::io::Error::last_os_error());
+    stop();
 }
 
 /// Runs `run` in a child and returns how it ended.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Responses that cannot be copied out, and drivers that fail to deregister.
+//! Responses that cannot be copied out, drivers that fail to deregister, and memory
+//! that is short.
 
 use rustix::{event::PollFlags, io::Errno, ioctl::opcode, mm::MprotectFlags};
 use std::{
@@ -11,7 +12,9 @@ use std::{
     process::Command,
     ptr,
 };
-use uverbs_mmu_notify::{Context, Event, Mr, MrArgs, QpPair, Request, sys::uapi::*, sys::verbs::*};
+use uverbs_mmu_notify::{
+    Context, Event, Mr, MrArgs, NotifyQueue, QpPair, Request, sys::uapi::*, sys::verbs::*,
+};
 use uverbs_mmu_notify_tests::*;
 
 /// Times enough that a driver fails for as long as it is asked.
@@ -491,4 +494,64 @@ fn removal_fails_at_first() {
 #[test]
 fn removal_fails_for_good() {
     removal_fails("failing3", ALWAYS, 1);
+}
+
+/// Does `make` with each of its allocations failing in turn, until it makes none more.
+/// Says how often it failed.
+fn fails_at_each_allocation<T>(what: &str, make: impl Fn() -> io::Result<T>) -> usize {
+    let (fail, mut failures) = (FailAllocation::new(), 0);
+    for nth in 1..1000 {
+        let (made, failed) = fail.at(nth, &make);
+        match made {
+            Ok(_) if !failed => return failures,
+            Ok(_) => (), // it went on without
+            made => {
+                expect_errno(made, Errno::NOMEM, what);
+                failures += 1;
+            }
+        }
+    }
+    panic!("{what}: there is no end of allocations");
+}
+
+/// G3, G8: a registration for which there is no memory leaves nothing, at whatever
+/// point that shows.
+#[test]
+fn registration_without_memory() {
+    let fixture = Fixture::new();
+    let watches = Watches::new();
+    let map = Map::new(2);
+    let args = fixture.args(map, 0..2, 7);
+    let failures = fails_at_each_allocation("REG_MR", || try_reg(&fixture.pd, &args));
+    assert!(failures > 3, "registrations that failed: {failures}");
+    let (begun, ended) = watches.seen();
+    assert_eq!(begun, ended, "watches that began, and that ended");
+    expect_no_regions();
+    map.unmap(0..1);
+    fixture.expect_quiet_since(0, "what has failed, and what has ended");
+}
+
+/// G8: the same with a queue.
+#[test]
+fn queue_without_memory() {
+    let fixture = Fixture::new();
+    let pages = counter_pages();
+    let failures = fails_at_each_allocation("a queue", || NotifyQueue::alloc(&fixture.context));
+    assert!(failures > 3, "queues that could not be made: {failures}");
+    assert_eq!(counter_pages(), pages, "queues that are not freed");
+}
+
+/// G4: a hit allocates nothing, so that there is nothing to fail.
+#[test]
+fn hit_without_memory() {
+    let fixture = Fixture::new();
+    let map = Map::new(2);
+    let _mr = fixture.watch(map, 0..2, 7);
+    let fail = FailAllocation::new();
+    // The first one is queued, the second one is merged.
+    for page in 0..2 {
+        let ((), failed) = fail.at(1, || map.dont_need(page..page + 1));
+        assert!(!failed, "page {page}: an allocation");
+    }
+    fixture.expect(&[Record::new(map, 0..2, 7, 2, MAYBE_STALE)]);
 }

@@ -2,13 +2,24 @@
 //! What is reported is stale, or may be, and what is not is not: by RDMA through
 //! the old registration.
 
+use io_uring::{IoUring, opcode::Madvise};
 use libc::{c_int, c_ulong, c_void};
 use linux_raw_sys::mempolicy::{MPOL_MF_MOVE, MPOL_MF_STRICT};
 use rustix::{
     fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate},
     mm::{MapFlags, MprotectFlags, MremapFlags, mlock, mremap, mremap_fixed, munlock},
+    process::{PidfdFlags, getpid, pidfd_open},
 };
-use std::{fs, hint, io, ops::Range, os::fd::OwnedFd, ptr, thread};
+use std::{
+    fs, hint, io,
+    ops::Range,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    process::Command,
+    ptr, thread,
+};
 use uverbs_mmu_notify::{Mr, sys::verbs::*};
 use uverbs_mmu_notify_tests::*;
 
@@ -70,6 +81,15 @@ fn anonymous(pages: usize, flags: MapFlags) -> Memory {
 
 fn private() -> Memory {
     anonymous(2, MapFlags::PRIVATE)
+}
+
+/// The last page of a mapping of two.
+fn tail() -> Memory {
+    Memory {
+        map: Map::existing(Map::new(2).void(1)),
+        pages: 1,
+        file: None,
+    }
 }
 
 /// A file's, shared.
@@ -291,6 +311,14 @@ rows! { becomes_stale:
     mapped_over(private(), UNMAPPED, |m| m.map.map_over(m.all()));
     /// mremap to elsewhere, and mmap at the old address.
     moved_away(private(), UNMAPPED, |m| move_away(m, MapFlags::PRIVATE));
+    /// mremap to a smaller size, and mmap of what was cut off.
+    cut_off(tail(), UNMAPPED, |m| {
+        let start = m.map.void(0).wrapping_byte_sub(PAGE);
+        // SAFETY: No reference points into a map.
+        let cut = unsafe { mremap(start, 2 * PAGE, PAGE, MremapFlags::empty()) };
+        assert_eq!(cut, Ok(start), "mremap");
+        m.map.map_over(m.all());
+    });
     /// Another mapping is moved over it.
     moved_over(private(), UNMAPPED, |m| private().move_to(m.map, MremapFlags::MAYMOVE));
     /// The pages are moved to elsewhere, the mapping stays.
@@ -308,6 +336,36 @@ rows! { becomes_stale:
         // SAFETY: It is mapped.
         unsafe { mlock(m.map.void(0), m.len()) }.expect("mlock");
         m.advise(libc::MADV_DONTNEED_LOCKED);
+    });
+    /// MADV_DONTNEED by process_madvise.
+    given_up_by_process_madvise(private(), MAYBE_STALE, |m| {
+        let this = pidfd_open(getpid(), PidfdFlags::empty()).expect("pidfd_open");
+        let memory = libc::iovec {
+            iov_base: m.map.void(0),
+            iov_len: m.len(),
+        };
+        // SAFETY: One range, which is a map.
+        let len = unsafe {
+            libc::syscall(
+                libc::SYS_process_madvise,
+                this.as_raw_fd(),
+                &memory,
+                1,
+                libc::MADV_DONTNEED,
+                0,
+            )
+        };
+        assert_eq!(len, m.len() as i64, "process_madvise: {}", io::Error::last_os_error());
+    });
+    /// MADV_DONTNEED by io_uring.
+    given_up_by_io_uring(private(), MAYBE_STALE, |m| {
+        let mut ring = IoUring::new(1).expect("make a ring");
+        let advise = Madvise::new(m.map.void(0).cast(), m.len() as i64, libc::MADV_DONTNEED);
+        // SAFETY: As in `move_to`.
+        unsafe { ring.submission().push(&advise.build()) }.expect("there is room");
+        ring.submit_and_wait(1).expect("submit");
+        let result = ring.completion().next().map(|done| done.result());
+        assert_eq!(result, Some(0), "madvise");
     });
     /// MADV_DONTNEED of a huge page that the kernel made.
     given_up_transparent_huge_page(thp(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
@@ -410,6 +468,26 @@ rows! { stays_fresh:
             m.map.protect(0..1, protection);
         }
         m.map.protect(m.all(), MprotectFlags::READ | MprotectFlags::WRITE);
+    });
+    /// The same by another protection key.
+    protected_by_key(private(), |m| {
+        // SAFETY: It makes a key, which is for nothing yet.
+        let key = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) };
+        assert!(key > 0, "pkey_alloc: {}", io::Error::last_os_error());
+        for key in [key, 0] {
+            let (addr, access) = (m.map.void(0), libc::PROT_READ | libc::PROT_WRITE);
+            // SAFETY: As in `move_to`, and the key allows all.
+            let ret = unsafe { libc::syscall(libc::SYS_pkey_mprotect, addr, m.len(), access, key) };
+            assert_eq!(ret, 0, "pkey_mprotect: {}", io::Error::last_os_error());
+        }
+    });
+    /// fork, and exec by the child.
+    forked_and_executed(private(), |m| {
+        let child = in_child(|| {
+            m.map.store(0, 0x55);
+            panic!("exec: {}", Command::new("true").exec());
+        });
+        assert_eq!(child, Exit::Code(0), "the child");
     });
     /// fork, with stores on both sides.
     forked(private(), fork);

@@ -88,6 +88,34 @@ fn whole_life() {
     );
 }
 
+/// G2: the end of the address space is told before any of it is unmapped.
+#[test]
+fn exit() {
+    const COOKIE: u64 = 0x7abe;
+    let _traced = Traced::new();
+    let child = Child::fork(|| {
+        let fixture = Fixture::new();
+        let mr = fixture.watch(Map::new(1), 0..1, COOKIE);
+        std::mem::forget((fixture, mr));
+        stop();
+        0
+    });
+    child.wait_stopped();
+    let context = child.fd("/dev/infiniband/uverbs"); // it would end the watch
+    child.resume();
+    assert_eq!(child.wait(), Exit::Code(0), "the child");
+
+    let events: Vec<_> = traced(COOKIE)
+        .into_iter()
+        .filter_map(|line| {
+            let (_, event) = line.split_once(" event=")?;
+            Some(event.split(' ').next()?.to_owned())
+        })
+        .collect();
+    assert_eq!(events, ["RELEASE", "UNMAP"]);
+    drop(context);
+}
+
 /// A hit during the registration is seen, and marked as not reported yet.
 #[test]
 fn born_stale() {

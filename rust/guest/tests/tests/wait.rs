@@ -291,3 +291,23 @@ fn epoll_is_woken() {
     map.unmap(0..1);
     assert_eq!(waiter.join(), Some(EventFlags::IN), "after the hit");
 }
+
+/// Interface: a signal is no reason for a registration to fail, not even the first one
+/// of a process, which would have to set up what notifiers need.
+#[test]
+fn registration_with_a_signal_pending() {
+    let child = Child::fork(|| {
+        let fixture = Fixture::new();
+        let map = Map::new(1);
+        let args = fixture.args(map, 0..1, 7);
+        stop_traced();
+        let mr = try_reg(&fixture.pd, &args).expect("register");
+        map.unmap(0..1);
+        fixture.expect(&[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
+        mem::forget(mr);
+        0
+    });
+    child.wait_stopped();
+    child.interrupt(libc::SYS_ioctl);
+    assert_eq!(child.wait(), Exit::Code(0), "the child");
+}
