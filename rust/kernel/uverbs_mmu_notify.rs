@@ -65,8 +65,6 @@ const _: () = {
         ib_uverbs_mmu_notify_page as UapiPage, //
     };
 
-    // With the count of references it fits the slab of 192 bytes.
-    assert!(size_of::<queue::Watch>() + size_of::<usize>() <= 192);
     assert!(size_of::<Record>() == size_of::<UapiEvent>());
     assert!(offset_of!(Record, cookie) == offset_of!(UapiEvent, cookie));
     assert!(offset_of!(Record, start) == offset_of!(UapiEvent, start));
@@ -99,10 +97,14 @@ impl Buffer for UserSliceWriter {
         self.write_slice_nofault(records.as_bytes())
     }
 
-    fn make_ready(&mut self, count: usize) -> Result<usize> {
-        // No other signal: it would end the call with a short count, which means something else.
+    fn make_ready(&mut self, count: usize, again: bool) -> Result<usize> {
         if current!().fatal_signal_pending() {
             return Err(EINTR);
+        }
+        // For pages that only have to be faulted in no other signal ends the call: a short count
+        // means something else. But if that does not help, it may never do.
+        if again && current!().signal_pending() {
+            return Err(ERESTARTSYS);
         }
         match self.fault_in(count * size_of::<Record>()) / size_of::<Record>() {
             0 => Err(EFAULT),

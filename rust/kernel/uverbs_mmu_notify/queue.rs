@@ -186,9 +186,11 @@ pub(crate) trait Buffer {
 
     /// Does what can be done, after `copy` has failed, to let it succeed. May sleep.
     ///
-    /// Returns how many of the next `count` records may be copied now, at least one. Fails with
-    /// `EFAULT` if none may, and with `EINTR` if the task is being killed.
-    fn make_ready(&mut self, count: usize) -> Result<usize>;
+    /// `again` tells that this succeeded, and yet `copy` failed. Returns how many of the next
+    /// `count` records may be copied now, at least one. Fails with `EFAULT` if none may, with
+    /// `EINTR` if the task is being killed, and with `ERESTARTSYS` if it is `again` and a signal
+    /// is pending.
+    fn make_ready(&mut self, count: usize, again: bool) -> Result<usize>;
 }
 
 impl Queue {
@@ -270,7 +272,8 @@ impl Queue {
         buffer: &mut impl Buffer,
     ) -> Result<usize> {
         let mut batch = [Record::default(); BATCH];
-        let mut ready = BATCH;
+        // How many the buffer was made ready for, if the last copy has failed.
+        let mut ready = None;
         let mut done = 0;
 
         while done < max {
@@ -280,7 +283,7 @@ impl Queue {
                 return if done == 0 { Err(EIO) } else { Ok(done) };
             }
 
-            let count = inner.peek(&mut batch[..ready.min(max - done)]);
+            let count = inner.peek(&mut batch[..ready.unwrap_or(BATCH).min(max - done)]);
             if count == 0 {
                 if done != 0 {
                     break;
@@ -300,13 +303,13 @@ impl Queue {
                     trace::deliver(self, record);
                 }
                 done += count;
-                ready = BATCH;
+                ready = None;
                 continue;
             }
             drop(inner);
 
-            ready = match buffer.make_ready(count) {
-                Ok(ready) => ready,
+            ready = match buffer.make_ready(count, ready.is_some()) {
+                Ok(ready) => Some(ready),
                 Err(error) if done == 0 => return Err(error),
                 Err(_) => break,
             };

@@ -119,10 +119,28 @@ impl Buffer for Sink {
         Ok(())
     }
 
-    fn make_ready(&mut self, count: usize) -> Result<usize> {
+    fn make_ready(&mut self, count: usize, _again: bool) -> Result<usize> {
         match (self.room - self.records.len()).min(count) {
             0 => Err(EFAULT),
             ready => Ok(ready),
+        }
+    }
+}
+
+/// A buffer that is ready as often as it is asked, and cannot be written to.
+struct Stuck(u32);
+
+impl Buffer for Stuck {
+    fn copy(&mut self, _records: &[Record]) -> Result {
+        Err(EFAULT)
+    }
+
+    fn make_ready(&mut self, count: usize, again: bool) -> Result<usize> {
+        self.0 += 1;
+        match (self.0, again) {
+            (1, false) | (2, true) => Ok(count),
+            (3, true) => Err(ERESTARTSYS),
+            _ => Err(EINVAL),
         }
     }
 }
@@ -377,6 +395,25 @@ mod queue_and_watches {
         assert_eq!(queue::detach(first), 1);
         assert_eq!(queue::detach(second), 1);
         Ok(())
+    }
+
+    #[test]
+    fn fault_that_stays_ends_by_a_signal() -> Result {
+        let queue = new_queue()?;
+        let map = Map::new(1)?;
+        let watch = watch(&queue, &map, 0..1, 1)?;
+
+        map.unmap(0..1)?;
+        assert_eq!(queue.read(1, true, &mut Stuck(0)).err(), Some(ERESTARTSYS));
+        assert_eq!(read(&queue, 1, 1)?.len(), 1);
+        assert_eq!(queue::detach(watch), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn watch_fits_its_slab() {
+        // With the count of references. As the documentation says.
+        assert!(size_of::<Watch>() + size_of::<usize>() <= 192);
     }
 
     #[test]

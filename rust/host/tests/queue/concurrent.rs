@@ -124,7 +124,7 @@ impl Buffer for Sink {
         Ok(())
     }
 
-    fn make_ready(&mut self, count: usize) -> Result<usize> {
+    fn make_ready(&mut self, count: usize, _again: bool) -> Result<usize> {
         check::might_sleep();
         self.fault = false;
         Ok(count)

@@ -438,6 +438,7 @@ impl Run {
             max: read.max,
             done: 0,
             ready: None,
+            again: false,
             copies: read.copies.clone().into_iter(),
             failure: None,
             fault: None,
@@ -488,6 +489,8 @@ struct Script {
     max: usize,
     done: usize,
     ready: Option<usize>,
+    /// It was made ready, and nothing has been copied since.
+    again: bool,
     copies: std::vec::IntoIter<Copy>,
     failure: Option<Error>,
     /// The last copy has failed thus.
@@ -515,6 +518,7 @@ impl Buffer for Script {
             None | Some(Copy::Succeed) => {
                 model.deliver(self.queue, records);
                 self.done += records.len();
+                self.again = false;
                 Ok(())
             }
             fault => {
@@ -524,8 +528,9 @@ impl Buffer for Script {
         }
     }
 
-    fn make_ready(&mut self, count: usize) -> Result<usize> {
+    fn make_ready(&mut self, count: usize, again: bool) -> Result<usize> {
         check::might_sleep();
+        assert_eq!(again, mem::replace(&mut self.again, true));
         assert!((1..=16.min(self.max - self.done)).contains(&count));
 
         match self.fault.take().unwrap() {
