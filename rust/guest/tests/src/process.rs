@@ -148,6 +148,9 @@ impl Child {
             let ret = unsafe { libc::ptrace(request, pid, size, data) };
             assert!(ret >= 0, "ptrace: {}", std::io::Error::last_os_error());
         };
+        // That is what tells system calls from signals.
+        let options = ptr::without_provenance_mut(libc::PTRACE_O_TRACESYSGOOD as usize);
+        trace(libc::PTRACE_SETOPTIONS, 0, options);
         loop {
             trace(libc::PTRACE_SYSCALL, 0, ptr::null_mut());
             self.wait_stopped();
