@@ -12,9 +12,7 @@ use std::{
     process::Command,
     ptr,
 };
-use uverbs_mmu_notify::{
-    Context, Event, Mr, MrArgs, NotifyQueue, QpPair, Request, sys::uapi::*, sys::verbs::*,
-};
+use uverbs_mmu_notify::{Context, Event, Mr, MrArgs, QpPair, Request, sys::uapi::*, sys::verbs::*};
 use uverbs_mmu_notify_tests::*;
 
 /// Times enough that a driver fails for as long as it is asked.
