@@ -416,8 +416,9 @@ impl<T: IntervalNotifierCallback> Registration<T> {
         // an object of type `T`.
         let object = unsafe { T::notifier_container_of(notifier.cast_const().cast()) };
 
-        // SAFETY: The object came from an `Arc`, and the registration owns a reference to it until
-        // it has removed the notifier, which waits for this callback.
+        // SAFETY: The object came from an `Arc`. `insert()`, and then the registration, own a
+        // reference to it until the notifier has been removed, which waits for this callback. For
+        // as long as there is that one nobody makes a `UniqueArc` of it.
         let object = unsafe { ArcBorrow::from_raw(object) };
 
         // SAFETY: The C side passes a valid range, which is constant during the callback.

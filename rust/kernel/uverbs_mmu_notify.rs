@@ -101,8 +101,8 @@ impl Buffer for UserSliceWriter {
         if current!().fatal_signal_pending() {
             return Err(EINTR);
         }
-        // For pages that only have to be faulted in no other signal ends the call: a short count
-        // means something else. But if that does not help, it may never do.
+        // No other signal ends the call for pages that only have to be faulted in. But if that
+        // does not help, it may never do.
         if again && current!().signal_pending() {
             return Err(ERESTARTSYS);
         }

@@ -186,10 +186,10 @@ pub(crate) trait Buffer {
 
     /// Does what can be done, after `copy` has failed, to let it succeed. May sleep.
     ///
-    /// `again` tells that this succeeded, and yet `copy` failed. Returns how many of the next
-    /// `count` records may be copied now, at least one. Fails with `EFAULT` if none may, with
-    /// `EINTR` if the task is being killed, and with `ERESTARTSYS` if it is `again` and a signal
-    /// is pending.
+    /// `again` tells that this succeeded, and yet `copy` failed, and that nothing has been copied.
+    /// Returns how many of the next `count` records may be copied now, at least one. Fails with
+    /// `EFAULT` if none may, with `EINTR` if the task is being killed, and with `ERESTARTSYS` if it
+    /// is `again` and a signal is pending.
     fn make_ready(&mut self, count: usize, again: bool) -> Result<usize>;
 }
 
@@ -292,6 +292,7 @@ impl Queue {
                     return Err(EAGAIN);
                 }
                 self.wait(&mut inner)?;
+                ready = None;
                 continue;
             }
 
@@ -308,7 +309,8 @@ impl Queue {
             }
             drop(inner);
 
-            ready = match buffer.make_ready(count, ready.is_some()) {
+            // After progress a signal must not end it, since a short count means something else.
+            ready = match buffer.make_ready(count, done == 0 && ready.is_some()) {
                 Ok(ready) => Some(ready),
                 Err(error) if done == 0 => return Err(error),
                 Err(_) => break,

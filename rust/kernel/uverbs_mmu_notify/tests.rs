@@ -145,6 +145,27 @@ impl Buffer for Stuck {
     }
 }
 
+/// A buffer of which others take pages away, again and again, while a signal is pending.
+struct Contended(u32);
+
+impl Buffer for Contended {
+    fn copy(&mut self, _records: &[Record]) -> Result {
+        self.0 += 1;
+        match self.0 {
+            1 | 3 | 4 => Err(EFAULT),
+            _ => Ok(()),
+        }
+    }
+
+    fn make_ready(&mut self, _count: usize, again: bool) -> Result<usize> {
+        if again {
+            Err(ERESTARTSYS)
+        } else {
+            Ok(1)
+        }
+    }
+}
+
 /// Reads up to `max` records to a buffer that faults after `room`.
 fn read(queue: &Queue, max: usize, room: usize) -> Result<KVec<Record>> {
     let mut sink = Sink {
@@ -407,6 +428,23 @@ mod queue_and_watches {
         assert_eq!(queue.read(1, true, &mut Stuck(0)).err(), Some(ERESTARTSYS));
         assert_eq!(read(&queue, 1, 1)?.len(), 1);
         assert_eq!(queue::detach(watch), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn signal_does_not_end_a_read_half_way() -> Result {
+        let queue = new_queue()?;
+        let map = Map::new(2)?;
+        let watches = [
+            watch(&queue, &map, 0..1, 1)?,
+            watch(&queue, &map, 1..2, 2)?,
+        ];
+
+        map.unmap(0..2)?;
+        assert_eq!(queue.read(2, true, &mut Contended(0))?, 2);
+        for watch in watches {
+            assert_eq!(queue::detach(watch), 1);
+        }
         Ok(())
     }
 
