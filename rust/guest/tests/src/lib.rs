@@ -38,7 +38,9 @@ use std::{
 };
 use uverbs_mmu_notify::{
     Context, Event, GenerationPage, Location, Mr, MrArgs, NotifyQueue, Pd, PlainMr, QpPair,
-    Request, sys::uapi::*, sys::verbs::ibv_wc_status,
+    Request,
+    sys::uapi::*,
+    sys::verbs::{IBV_WC_SUCCESS, ibv_wc_status},
 };
 
 /// `IB_UVERBS_MMU_NOTIFY_UNMAPPED`.
@@ -280,6 +282,14 @@ impl Peer {
         self.pair
             .write(local, Location::new(addr, rkey), 1)
             .expect("post an RDMA write")
+    }
+
+    /// RDMA-reads the byte at `addr` of the region of `rkey`, which must succeed.
+    pub fn read(&self, addr: *const u8, rkey: u32) -> u8 {
+        let local = Location::new(self.source.at(0), self.mr.lkey());
+        let read = self.pair.read(local, Location::new(addr, rkey), 1);
+        assert_eq!(read.expect("post an RDMA read"), IBV_WC_SUCCESS);
+        self.source.load(0)
     }
 }
 

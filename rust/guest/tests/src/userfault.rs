@@ -16,27 +16,33 @@ pub struct Userfault(OwnedFd);
 impl Userfault {
     /// Lets whoever accesses a missing one of `pages` wait for [`Self::fill`].
     pub fn missing(map: Map, pages: Range<usize>) -> Self {
-        Self::register(map, pages, UFFDIO_REGISTER_MODE_MISSING.into())
+        Self::register(map, pages, UFFDIO_REGISTER_MODE_MISSING, 0)
     }
 
     /// Allows `pages` to be write-protected.
     pub fn writes(map: Map, pages: Range<usize>) -> Self {
-        Self::register(map, pages, UFFDIO_REGISTER_MODE_WP.into())
+        Self::register(map, pages, UFFDIO_REGISTER_MODE_WP, 0)
     }
 
-    fn register(map: Map, pages: Range<usize>, mode: u64) -> Self {
+    /// Allows the same to a scan of /proc/self/pagemap. A write ends it by itself.
+    pub fn written(map: Map, pages: Range<usize>) -> Self {
+        let features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED;
+        Self::register(map, pages, UFFDIO_REGISTER_MODE_WP, features)
+    }
+
+    fn register(map: Map, pages: Range<usize>, mode: u32, features: u32) -> Self {
         // SAFETY: The tests access no such memory by a reference.
         let fd = unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC) }.expect("userfaultfd");
         let this = Self(fd);
         let mut api = uffdio_api {
             api: UFFD_API.into(),
-            features: 0,
+            features: features.into(),
             ioctls: 0,
         };
         this.call::<UFFDIO_API, _>(&mut api);
         this.call::<UFFDIO_REGISTER, _>(&mut uffdio_register {
             range: range(map, pages),
-            mode,
+            mode: mode.into(),
             ioctls: 0,
         });
         this

@@ -4,7 +4,7 @@
 
 use rustix::{event::PollFlags, io::Errno, ioctl::opcode, mm::MprotectFlags};
 use std::{
-    io, mem,
+    fs, io, mem,
     os::{
         fd::{AsFd, AsRawFd},
         unix::process::CommandExt,
@@ -76,19 +76,29 @@ fn reg_faults(fixture: &Fixture, args: &MrArgs, fault: Fault) -> u32 {
     if let Fault::Attr(faulty) = fault {
         attrs.sort_by_key(|attr| u32::from(attr.attr_id) == faulty);
     }
-    let (ret, handle) = reg_mr(&fixture.context, &attrs, protect);
+    let method = (UVERBS_OBJECT_MR, UVERBS_METHOD_REG_MR);
+    let (ret, attrs) = call(&fixture.context, method, &attrs, protect);
     expect_errno(ret, Errno::FAULT, &format!("{fault:?}"));
-    handle
+    let handle = attrs
+        .iter()
+        .find(|attr| u32::from(attr.attr_id) == UVERBS_ATTR_REG_MR_HANDLE);
+    // SAFETY: All members of the union are plain.
+    unsafe { handle.expect("the handle").__bindgen_anon_1.data as u32 }
 }
 
-/// Calls REG_MR with attributes of which the last is on a page of its own, which
-/// is read-only if `protect`. Returns the handle as well.
-fn reg_mr(context: &Context, attrs: &[ib_uverbs_attr], protect: bool) -> (io::Result<()>, u32) {
+/// Calls the method of an object with attributes of which the last is on a page of its
+/// own, which is read-only if `protect`. Returns the attributes as the kernel left them.
+fn call(
+    context: &Context,
+    (object, method): (u32, u32),
+    attrs: &[ib_uverbs_attr],
+    protect: bool,
+) -> (io::Result<()>, Vec<ib_uverbs_attr>) {
     const CALL: u32 = opcode::read_write::<ib_uverbs_ioctl_hdr>(RDMA_IOCTL_MAGIC as u8, 1);
     let header = ib_uverbs_ioctl_hdr {
         length: (size_of::<ib_uverbs_ioctl_hdr>() + size_of_val(attrs)) as u16,
-        object_id: UVERBS_OBJECT_MR as u16,
-        method_id: UVERBS_METHOD_REG_MR as u16,
+        object_id: object as u16,
+        method_id: method as u16,
         num_attrs: attrs.len() as u16,
         driver_id: context.driver_id(),
         ..Default::default()
@@ -112,13 +122,9 @@ fn reg_mr(context: &Context, attrs: &[ib_uverbs_attr], protect: bool) -> (io::Re
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     };
-    // SAFETY: There are as many attributes, and all members of the union are plain.
-    let handle = (0..attrs.len()).find_map(|n| unsafe {
-        let attr = first.add(n).read();
-        let is_handle = u32::from(attr.attr_id) == UVERBS_ATTR_REG_MR_HANDLE;
-        is_handle.then_some(attr.__bindgen_anon_1.data as u32)
-    });
-    (ret, handle.expect("the handle"))
+    // SAFETY: There are as many attributes.
+    let attrs = (0..attrs.len()).map(|n| unsafe { first.add(n).read() });
+    (ret, attrs.collect())
 }
 
 /// To register two pages that the pin replaces: the region is born stale.
@@ -161,6 +167,23 @@ fn response_faults() {
             fixture.expect_quiet_since(0, &format!("munmap after {fault:?}"));
         }
     }
+}
+
+/// G8: an FD that cannot be told to its maker is not made, and leaves nothing.
+#[test]
+fn response_of_allocation_faults() {
+    let fixture = Fixture::new();
+    let files = || {
+        fs::read_dir("/proc/self/fd")
+            .expect("list the files")
+            .count()
+    };
+    let before = (files(), counter_pages());
+    let method = (UVERBS_OBJECT_MMU_NOTIFY, UVERBS_METHOD_MMU_NOTIFY_ALLOC);
+    let attrs = [attr(UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE, 0, 0)];
+    let (ret, _) = call(&fixture.context, method, &attrs, true);
+    expect_errno(ret, Errno::FAULT, "MMU_NOTIFY_ALLOC");
+    assert_eq!((files(), counter_pages()), before, "files, and queues");
 }
 
 /// MR_DESTROY whose answer cannot be written: there is no memory at `output`.
@@ -451,12 +474,17 @@ fn exit_fails_for_good() {
 /// G5, G8: the device is removed, and the driver fails `times`. Nothing is
 /// reported after that, and the count of what was is to be had, and exact.
 #[track_caller]
-fn removal_fails(name: &'static str, times: u32, warnings: u32) {
+fn removal_fails(
+    name: &'static str,
+    watch: impl FnOnce(&Fixture, Map) -> Mr,
+    times: u32,
+    warnings: u32,
+) {
     let device = Device::new(name, "rxe");
     let fixture = Fixture::on(name);
     let map = Map::new(3);
     let watches = Watches::new();
-    let mr = fixture.watch(map, 0..3, 7);
+    let mr = watch(&fixture, map);
     let fail = FailingDereg::new(name, times);
     let warned = std::sync::Arc::new(Warnings::new());
     expect_hit(&fixture, map, 0);
@@ -471,7 +499,7 @@ fn removal_fails(name: &'static str, times: u32, warnings: u32) {
     let status = removal.status().expect("run rdma");
     assert!(status.success(), "rdma link delete: {status}");
     assert_eq!(warned.count(), warnings, "warnings");
-    assert!(fail.failed() > 0, "deregistrations that failed");
+    assert!(fail.failed() >= times.min(1), "deregistrations that failed");
     watches.expect_ended(1);
 
     assert_closed(&fixture, before);
@@ -485,13 +513,25 @@ fn removal_fails(name: &'static str, times: u32, warnings: u32) {
 /// The core tries again, and succeeds.
 #[test]
 fn removal_fails_at_first() {
-    removal_fails("failing2", 1, 0);
+    removal_fails("failing2", |f, map| f.watch(map, 0..3, 7), 1, 0);
 }
 
 /// The core gives the region up, and warns.
 #[test]
 fn removal_fails_for_good() {
-    removal_fails("failing3", ALWAYS, 1);
+    removal_fails("failing3", |f, map| f.watch(map, 0..3, 7), ALWAYS, 1);
+}
+
+/// By a window that is older than the region, and so destroyed after it.
+#[test]
+fn removal_fails_for_a_window() {
+    let watch = |fixture: &Fixture, map| {
+        let window = Window::new(fixture);
+        let mr = bindable(fixture, map, 3);
+        window.bind(fixture, map, &mr);
+        mr
+    };
+    removal_fails("failing4", watch, 0, 0);
 }
 
 /// G3, G8: a registration for which there is no memory leaves nothing, at whatever

@@ -5,12 +5,7 @@ use rustix::{
     event::{PollFlags, Timespec},
     io::{Errno, FdFlags, fcntl_getfd},
 };
-use std::{
-    mem,
-    os::{fd::AsFd, unix::process::CommandExt},
-    process::Command,
-    sync::Arc,
-};
+use std::{mem, os::fd::AsFd, sync::Arc};
 use uverbs_mmu_notify::{Context, Event, GenerationPage, Mr, MrArgs, NotifyQueue};
 use uverbs_mmu_notify_tests::*;
 
@@ -239,55 +234,6 @@ fn context_closed_with_an_event_pending() {
 fn fd_is_close_on_exec() {
     let fixture = Fixture::new();
     assert_eq!(fcntl_getfd(&fixture.queue).unwrap(), FdFlags::CLOEXEC);
-}
-
-/// A child watches its memory, and its address space goes by `end`, while this
-/// process holds the queue and the context.
-#[track_caller]
-fn address_space_ends(end: impl FnOnce()) {
-    let child = Child::fork(|| {
-        let fixture = Fixture::new();
-        let mr = fixture.watch(Map::new(2), 0..2, 7);
-        mem::forget((fixture, mr));
-        stop();
-        end();
-        0
-    });
-    child.wait_stopped();
-    let context = child.fd("/dev/infiniband/uverbs");
-    let queue = NotifyQueue::from(child.fd("anon_inode:[infinibandmmunotify]"));
-    let page = queue.generation_page().expect("map the counter page");
-    let before = page.load();
-    child.resume();
-    assert_eq!(child.wait(), Exit::Code(0), "the child");
-
-    assert!(
-        page.load() > before,
-        "the end was reported: {} > {before}",
-        page.load()
-    );
-    let read = queue.read(&mut [Event::default()]);
-    expect_errno(read, Errno::PERM, "read() of another process's queue");
-    let before = page.load();
-    drop(context);
-    assert_eq!(
-        page.load(),
-        before + 1,
-        "the bump of the end of the context"
-    );
-    expect_no_regions();
-}
-
-/// G1, G2: exit.
-#[test]
-fn exit_is_reported() {
-    address_space_ends(|| ());
-}
-
-/// G1, G2: exec.
-#[test]
-fn exec_is_reported() {
-    address_space_ends(|| panic!("exec: {}", Command::new("true").exec()));
 }
 
 /// G8: killed while threads read and change the mapping.

@@ -1,22 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What is reported is stale, or may be, and what is not is not: by RDMA through
 //! the old registration.
+//!
+//! Not here are the ends of an address space (exit, exec, process_mrelease): nothing is
+//! mapped then that RDMA could fail to reach.
 
 use io_uring::{IoUring, opcode::Madvise};
 use libc::{c_int, c_ulong, c_void};
-use linux_raw_sys::mempolicy::{MPOL_MF_MOVE, MPOL_MF_STRICT};
+use linux_raw_sys::{
+    general::{PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, pm_scan_arg},
+    mempolicy::{MPOL_MF_MOVE, MPOL_MF_STRICT},
+};
 use rustix::{
-    fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate},
+    fs::{FallocateFlags, MemfdFlags, fallocate, fsync, ftruncate},
+    io::{Errno, pwrite},
+    ioctl::{Opcode, Updater, ioctl, opcode},
     mm::{MapFlags, MprotectFlags, MremapFlags, mlock, mremap, mremap_fixed, munlock},
     process::{PidfdFlags, getpid, pidfd_open},
 };
 use std::{
-    fs, hint, io,
+    env,
+    fs::{self, File},
+    hint, io,
     ops::Range,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::process::CommandExt,
     },
+    path::Path,
     process::Command,
     ptr, thread,
 };
@@ -100,6 +111,27 @@ fn shared() -> Memory {
 /// A file's, private: what is registered is a copy of the file's page.
 fn copied() -> Memory {
     of_file(2, MemfdFlags::empty(), MapFlags::PRIVATE)
+}
+
+/// A file's, shared, on a file system that writes back. It can only be registered for
+/// reading.
+fn on_disk() -> Memory {
+    let (disk, mount) = ("/dev/ram1", "/tmp/disk");
+    fs::create_dir_all(mount).expect("make a folder");
+    run(&format!("mkfs.ext2 -q -F {disk}"));
+    run(&format!("mount -t ext2 {disk} {mount}"));
+    let mut options = File::options();
+    options.read(true).write(true).create_new(true);
+    let file = options.open(format!("{mount}/file"));
+    // The file keeps it.
+    run(&format!("umount -l {mount}"));
+    let file = OwnedFd::from(file.expect("make a file"));
+    ftruncate(&file, 2 * PAGE as u64).expect("ftruncate");
+    Memory {
+        map: Map::of_file(&file, 2, MapFlags::SHARED),
+        pages: 2,
+        file: Some(file),
+    }
 }
 
 fn reserve_huge_pages() {
@@ -267,6 +299,96 @@ fn is_not_stale(memory: Memory, change: impl FnOnce(&Memory)) {
     assert!(reaches(&peer, memory.map, &mr), "it is stale");
     memory.map.store(0, 0x33);
     assert!(reaches(&peer, memory.map, &mr), "it is stale after a store");
+}
+
+/// Watches memory that can only be registered for reading.
+fn setup_for_reading(memory: &Memory) -> (Fixture, Peer, Mr) {
+    let fixture = Fixture::new();
+    let peer = Peer::new(&fixture.pd);
+    memory.map.store(0, 0x11);
+    let mut args = fixture.args(memory.map, 0..1, 7);
+    args.access = IBV_ACCESS_REMOTE_READ;
+    let mr = reg(&fixture.pd, &args);
+    fixture.expect_quiet_since(0, "the registration");
+    (fixture, peer, mr)
+}
+
+/// G7: write-back cleans the page, and leaves it where it is.
+#[test]
+fn written_back() {
+    let memory = on_disk();
+    let (fixture, peer, mr) = setup_for_reading(&memory);
+    for byte in [0x22, 0x33] {
+        memory.map.store(0, byte);
+        fsync(memory.file()).expect("fsync");
+        assert_eq!(peer.read(memory.map.at(0), mr.rkey()), byte, "RDMA");
+    }
+    fixture.expect_quiet_since(0, "write-back");
+}
+
+/// G1: memory failure takes the page away from the file, which gets a new one.
+#[test]
+fn poisoned() {
+    let memory = on_disk();
+    let (fixture, peer, mr) = setup_for_reading(&memory);
+    fsync(memory.file()).expect("fsync");
+    // The page is pinned, so that this does not succeed altogether.
+    eprintln!("{:?}", memory.map.advise(0..1, libc::MADV_HWPOISON));
+    fixture.expect(&[Record::new(memory.map, 0..1, 7, 1, MAYBE_STALE)]);
+    assert_eq!(pwrite(memory.file(), &[0x22], 0), Ok(1), "pwrite");
+    assert_eq!(memory.map.load(0), 0x22, "what is mapped");
+    assert_eq!(peer.read(memory.map.at(0), mr.rkey()), 0x11, "RDMA");
+}
+
+/// `struct hmm_dmirror_cmd` of lib/test_hmm_uapi.h.
+#[repr(C)]
+struct Mirror {
+    addr: u64,
+    ptr: u64,
+    npages: u64,
+    cpages: u64,
+    faults: u64,
+}
+
+const MIGRATE_TO_DEVICE: Opcode = opcode::read_write::<Mirror>(b'H', 2);
+const EXCLUSIVE: Opcode = opcode::read_write::<Mirror>(b'H', 5);
+
+/// Calls the kernel's own test of HMM, a device, for the first page.
+fn mirror<const CALL: Opcode>(memory: &Memory) -> Result<(), Errno> {
+    let device = "/dev/hmm_dmirror0";
+    if !Path::new(device).exists() {
+        let modules = env::var("MODULES").expect("MODULES, which the guest sets");
+        run(&format!("modprobe -d {modules} test_hmm"));
+    }
+    let device = File::options().read(true).write(true).open(device);
+    let copy = Map::new(1);
+    let mut argument = Mirror {
+        addr: memory.map.at(0) as u64,
+        ptr: copy.at(0) as u64,
+        npages: 1,
+        cpages: 0,
+        faults: 0,
+    };
+    // SAFETY: It is the argument of both calls, and both addresses are of maps.
+    unsafe {
+        ioctl(
+            device.expect("open the device"),
+            Updater::<CALL, _>::new(&mut argument),
+        )
+    }
+}
+
+/// G7: a device gets exclusive access to the page, which stays. That RDMA does not
+/// mind, and that the CPU gets it back by its next access, may be reported.
+#[test]
+fn taken_by_a_device() {
+    let memory = private();
+    let (fixture, peer, mr) = setup(&memory);
+    let before = fixture.page.load();
+    mirror::<EXCLUSIVE>(&memory).expect("exclusive access");
+    fixture.expect_quiet_since(before, "the device's access");
+    assert!(reaches(&peer, memory.map, &mr), "it is stale");
+    eprintln!("reported: {:?}", read_all(&fixture.queue));
 }
 
 /// One test for each row.
@@ -507,6 +629,34 @@ rows! { stays_fresh:
             fault.protect(m.map, m.all(), protect);
         }
     });
+    /// Write-protection by PAGEMAP_SCAN, which a store ends.
+    write_protected_by_scan(private(), |m| {
+        const SCAN: Opcode = opcode::read_write::<pm_scan_arg>(b'f', 16);
+        let _fault = Userfault::written(m.map, m.all());
+        let mut argument = pm_scan_arg {
+            size: size_of::<pm_scan_arg>() as u64,
+            flags: (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC).into(),
+            start: m.map.at(0) as u64,
+            end: m.map.at(m.pages) as u64,
+            walk_end: 0,
+            vec: 0,
+            vec_len: 0,
+            max_pages: 0,
+            category_inverted: 0,
+            category_mask: PAGE_IS_WRITTEN.into(),
+            category_anyof_mask: 0,
+            return_mask: 0,
+        };
+        let pagemap = File::open("/proc/self/pagemap").expect("open pagemap");
+        // SAFETY: It is the argument that goes with the call.
+        unsafe { ioctl(&pagemap, Updater::<SCAN, _>::new(&mut argument)) }.expect("scan");
+        assert_eq!(argument.walk_end, argument.end, "the end of the scan");
+        m.map.store(0, 0x22);
+    });
+    /// migrate_vma() to a device: a pinned page does not move.
+    tried_to_be_moved_to_a_device(private(), |m| {
+        assert_eq!(mirror::<MIGRATE_TO_DEVICE>(m), Err(Errno::NOENT), "nothing is there");
+    });
     /// NUMA balancing makes pages fault.
     balanced(anonymous(256, MapFlags::PRIVATE), balance);
     /// mremap to a larger size, in place.
@@ -630,6 +780,8 @@ rows! { is_not_stale:
     freed(private(), |m| m.advise(libc::MADV_FREE));
     /// MADV_DONTNEED of a shared page: the same page comes back.
     shared_given_up(shared(), |m| m.advise(libc::MADV_DONTNEED));
+    /// A hole below a private page, which is a copy.
+    hole_punched_under_a_copy(copied(), punch_hole);
     /// fork with huge pages: the child gets the copy.
     huge_forked(huge(), fork);
     /// fork with a huge page that the kernel made.
@@ -650,7 +802,7 @@ rows! { is_not_stale:
     /// mbind does not move a pinned page.
     bound_to_another_node(private(), |m| {
         let to = other_node(m);
-        expect_errno(bind(m), rustix::io::Errno::IO, "mbind");
+        expect_errno(bind(m), Errno::IO, "mbind");
         assert_ne!(move_page(m, None), to, "the page's node");
     });
     /// munmap of the other half of a huge page that the kernel made.

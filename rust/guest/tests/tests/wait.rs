@@ -67,19 +67,6 @@ fn handle_signal(flags: c_int) {
     assert_eq!(ret, 0, "sigaction");
 }
 
-/// Interface: read() waits, and a hit wakes it.
-#[test]
-fn read_is_woken() {
-    let (_fixture, queue, map, _mr) = blocking(0..2);
-    for page in 0..2 {
-        let reader = Blocked::spawn(READ, read_one(&queue));
-        map.unmap(page..page + 1);
-        let record = reader.join().expect("read");
-        let expected = Record::new(map, page..page + 1, 7, page as u64 + 1, UNMAPPED);
-        assert_eq!(record, expected);
-    }
-}
-
 /// Interface: a read() that blocks does not wait when there is something.
 #[test]
 fn read_of_what_is_there() {
@@ -172,19 +159,6 @@ fn nonblock_is_switched() {
     reader.join().expect("read");
 }
 
-/// Interface: the end of the context wakes a reader.
-#[test]
-fn read_is_woken_by_the_end() {
-    let (fixture, queue, _map, _mr) = blocking(0..1);
-    let reader = Blocked::spawn(READ, read_one(&queue));
-    fixture.context.disconnect().unwrap();
-    expect_errno(
-        reader.join(),
-        Errno::IO,
-        "read() when the context is closed",
-    );
-}
-
 /// Interface: poll() says whether there is something to read.
 #[test]
 fn poll_tells() {
@@ -199,23 +173,6 @@ fn poll_tells() {
     assert_eq!(poll(), PollFlags::IN, "with one event read of two");
     drop(mrs);
     assert_eq!(poll(), PollFlags::empty(), "after the deregistration");
-}
-
-/// Interface: poll() waits, and a hit, or the end of the context, wakes it.
-#[test]
-fn poll_is_woken() {
-    const POLL: &[libc::c_long] = &[libc::SYS_poll, libc::SYS_ppoll];
-    let (fixture, queue, map, _mr) = blocking(0..1);
-    let waiting = queue.clone();
-    let poller = Blocked::spawn(POLL, move || waiting.poll(None));
-    map.unmap(0..1);
-    assert_eq!(poller.join().unwrap(), PollFlags::IN, "after the hit");
-
-    read_one(&queue)().expect("read");
-    let waiting = queue.clone();
-    let poller = Blocked::spawn(POLL, move || waiting.poll(None));
-    fixture.context.disconnect().unwrap();
-    assert_eq!(poller.join().unwrap(), PollFlags::ERR, "after the end");
 }
 
 fn epoll(queue: &NotifyQueue, flags: EventFlags) -> OwnedFd {

@@ -377,6 +377,19 @@ fn response_faults() {
         let room = size_of::<ib_uverbs_ex_create_mmu_notify_resp>();
         let result = send(form, &fixture.context, command, &input, map.at(4), room);
         expect_errno(result, Errno::FAULT, "CREATE");
+
+        // The region is gone nevertheless.
+        let input = reg_input(&fixture, &fixture.queue, map, 0..1);
+        let mr = reg_mr(form, &fixture, &input).expect("register");
+        let input = bytes(&ib_uverbs_ex_dereg_mr_notify {
+            mr_handle: mr.mr_handle,
+            ..Default::default()
+        });
+        let command = IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY;
+        let room = size_of::<ib_uverbs_ex_dereg_mr_notify_resp>();
+        let result = send(form, &fixture.context, command, &input, map.at(4), room);
+        expect_errno(result, Errno::FAULT, "DEREG");
+        expect_no_regions();
     }
 }
 
