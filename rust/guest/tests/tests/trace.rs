@@ -114,6 +114,7 @@ fn exit() {
         .collect();
     assert_eq!(events, ["RELEASE", "UNMAP"]);
     drop(context);
+    expect_no_regions();
 }
 
 /// A hit during the registration is seen, and marked as not reported yet.
