@@ -435,10 +435,7 @@ mod queue_and_watches {
     fn signal_does_not_end_a_read_half_way() -> Result {
         let queue = new_queue()?;
         let map = Map::new(2)?;
-        let watches = [
-            watch(&queue, &map, 0..1, 1)?,
-            watch(&queue, &map, 1..2, 2)?,
-        ];
+        let watches = [watch(&queue, &map, 0..1, 1)?, watch(&queue, &map, 1..2, 2)?];
 
         map.unmap(0..2)?;
         assert_eq!(queue.read(2, true, &mut Contended(0))?, 2);
