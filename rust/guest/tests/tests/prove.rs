@@ -116,8 +116,9 @@ fn copied() -> Memory {
 /// A file's, shared, on a file system that writes back. It can only be registered for
 /// reading.
 fn on_disk() -> Memory {
-    let (disk, mount) = ("/dev/ram1", "/tmp/disk");
-    fs::create_dir_all(mount).expect("make a folder");
+    let disk = "/dev/ram1";
+    let mount = env::temp_dir().join("disk").display().to_string();
+    fs::create_dir_all(&mount).expect("make a folder");
     run(&format!("mkfs.ext2 -q -F {disk}"));
     run(&format!("mount -t ext2 {disk} {mount}"));
     let mut options = File::options();
