@@ -400,14 +400,17 @@ impl Run {
 
     fn read(self: &Rc<Self>, read: &Read) {
         let interrupted = Rc::new(Cell::new(false));
+        let slept = Rc::new(Cell::new(false));
 
         if let Some(asleep) = &read.asleep {
             let run = self.clone();
             let interrupted = interrupted.clone();
+            let slept = slept.clone();
             let asleep = RefCell::new(asleep.clone().into_iter());
             let queue = read.queue;
 
             check::while_asleep(Some(Rc::new(move || {
+                slept.set(true);
                 let (ops, signal) = asleep.borrow_mut().next().unwrap_or_default();
                 let polls = |op: &Op| matches!(op, Op::Poll { queue: q, .. } if *q == queue);
                 let (polled, wakeups) = {
@@ -439,6 +442,7 @@ impl Run {
             done: 0,
             ready: None,
             again: false,
+            slept,
             copies: read.copies.clone().into_iter(),
             failure: None,
             fault: None,
@@ -491,6 +495,8 @@ struct Script {
     ready: Option<usize>,
     /// It was made ready, and nothing has been copied since.
     again: bool,
+    /// The reader has slept, after which what was made ready does not count.
+    slept: Rc<Cell<bool>>,
     copies: std::vec::IntoIter<Copy>,
     failure: Option<Error>,
     /// The last copy has failed thus.
@@ -501,6 +507,9 @@ impl Buffer for Script {
     fn copy(&mut self, records: &[Record]) -> Result {
         assert!(check::in_atomic());
         assert!(self.fault.is_none() && self.failure.is_none());
+        if self.slept.take() {
+            (self.ready, self.again) = (None, false);
+        }
 
         let mut model = self.run.model.borrow_mut();
         let queue = &model.queues[self.queue];
@@ -530,7 +539,8 @@ impl Buffer for Script {
 
     fn make_ready(&mut self, count: usize, again: bool) -> Result<usize> {
         check::might_sleep();
-        assert_eq!(again, mem::replace(&mut self.again, true));
+        // A signal that is pending may end the read then, which must not be short.
+        assert_eq!(again, mem::replace(&mut self.again, true) && self.done == 0);
         assert!((1..=16.min(self.max - self.done)).contains(&count));
 
         match self.fault.take().unwrap() {
