@@ -596,3 +596,32 @@ proptest! {
         });
     }
 }
+
+proptest! {
+    // There is never more than one watch to choose from.
+    #![proptest_config(ProptestConfig { cases: 1, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// What faulted goes away, so that the reader sleeps: the next fault is a first one.
+    #[test]
+    fn sleep_forgets_a_fault(any in any::<Index>()) {
+        check::sequential(move || {
+            let mr = BASE..BASE + PAGE;
+            let watch = Op::Watch { queue: 0, mrs: vec![mr.clone()], live: true };
+            let hit = Op::Hit { event: 0, range: mr };
+            let read = Read {
+                queue: 0,
+                max: 1,
+                asleep: Some(vec![(vec![watch.clone(), hit.clone()], false)]),
+                copies: vec![
+                    Copy::Fault(vec![Op::Detach(any)], any),
+                    Copy::Fault(Vec::new(), any),
+                ],
+            };
+            let run = Run::new();
+
+            for op in [watch, hit, Op::Read(read), Op::Detach(any)] {
+                run.apply(&op);
+            }
+        });
+    }
+}
