@@ -1,0 +1,338 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Calls of the uverbs interface without libibverbs, on a soft-RoCE or soft-iWARP
+ * device, and what the tests of MMU notification share.
+ */
+#ifndef UVERBS_MMU_NOTIFY_H
+#define UVERBS_MMU_NOTIFY_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <rdma/ib_user_ioctl_cmds.h>
+#include <rdma/ib_user_ioctl_verbs.h>
+#include <rdma/ib_user_verbs.h>
+#include <rdma/rdma_user_ioctl_cmds.h>
+#include <rdma/siw-abi.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "kselftest_harness.h"
+
+#define UNMAPPED	IB_UVERBS_MMU_NOTIFY_UNMAPPED
+#define MAYBE_STALE	IB_UVERBS_MMU_NOTIFY_MAYBE_STALE
+
+#define MR_READ		IB_UVERBS_ACCESS_REMOTE_READ
+#define MR_WRITE	(MR_READ | IB_UVERBS_ACCESS_LOCAL_WRITE | \
+			 IB_UVERBS_ACCESS_REMOTE_WRITE)
+
+static inline bool on_siw(void)
+{
+	const char *driver = getenv("UVERBS_DRIVER");
+
+	return driver && !strcmp(driver, "siw");
+}
+
+/* One call of a method, built attribute by attribute. */
+struct call {
+	union {
+		struct ib_uverbs_ioctl_hdr hdr;
+		char room[sizeof(struct ib_uverbs_ioctl_hdr) +
+			  16 * sizeof(struct ib_uverbs_attr)];
+	};
+};
+
+static inline void call_init(struct call *call, int object, int method)
+{
+	memset(call, 0, sizeof(*call));
+	call->hdr.object_id = object;
+	call->hdr.method_id = method;
+	call->hdr.driver_id = on_siw() ? RDMA_DRIVER_SIW : RDMA_DRIVER_RXE;
+}
+
+/* @data is a handle or FD, a pointer, or an input of up to eight bytes. */
+static inline struct ib_uverbs_attr *call_attr(struct call *call, int id,
+					       size_t len, uint64_t data)
+{
+	struct ib_uverbs_attr *attr = &call->hdr.attrs[call->hdr.num_attrs++];
+
+	attr->attr_id = id;
+	attr->len = len;
+	attr->flags = UVERBS_ATTR_F_MANDATORY;
+	attr->data = data;
+	return attr;
+}
+
+static inline void call_out(struct call *call, int id, void *out, size_t len)
+{
+	call_attr(call, id, len, (uintptr_t)out);
+}
+
+/* What soft-iWARP wants to be given and to answer, and the tests do not need. */
+static inline void call_siw(struct call *call, size_t in_len, size_t out_len)
+{
+	static uint64_t out[2];
+
+	if (!on_siw())
+		return;
+	if (in_len)
+		call_attr(call, UVERBS_ATTR_UHW_IN, in_len, 0);
+	call_out(call, UVERBS_ATTR_UHW_OUT, out, out_len);
+}
+
+/* 0 or -errno. */
+static inline int call_make(struct call *call, int fd)
+{
+	call->hdr.length = sizeof(call->hdr) +
+			   call->hdr.num_attrs * sizeof(call->hdr.attrs[0]);
+	return ioctl(fd, RDMA_VERBS_IOCTL, call) ? -errno : 0;
+}
+
+/* One of the older commands, of which the input begins with a pointer. */
+static inline int command(int fd, uint32_t cmd, const void *in, size_t in_len,
+			  void *out, size_t out_len)
+{
+	uint64_t data = (uintptr_t)in;
+	struct call call;
+
+	if (in_len <= sizeof(data))	/* such inputs are in the attribute */
+		memcpy(&data, in, in_len);
+	call_init(&call, UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INVOKE_WRITE);
+	call_attr(&call, UVERBS_ATTR_WRITE_CMD, sizeof(uint64_t), cmd);
+	call_attr(&call, UVERBS_ATTR_CORE_IN, in_len, data);
+	if (out)
+		call_out(&call, UVERBS_ATTR_CORE_OUT, out, out_len);
+	return call_make(&call, fd);
+}
+
+/* A context, or -errno. */
+static inline int context_open(uint64_t *core_support)
+{
+	int fd = open(getenv("UVERBS_DEV"), O_RDWR | O_CLOEXEC);
+	struct call call;
+	int ret;
+
+	if (fd < 0)
+		return -errno;
+	call_init(&call, UVERBS_OBJECT_DEVICE, UVERBS_METHOD_GET_CONTEXT);
+	call_out(&call, UVERBS_ATTR_GET_CONTEXT_CORE_SUPPORT, core_support,
+		 sizeof(*core_support));
+	call_siw(&call, 0, sizeof(struct siw_uresp_alloc_ctx));
+	ret = call_make(&call, fd);
+	if (ret)
+		close(fd);
+	return ret ?: fd;
+}
+
+static inline int pd_alloc(int ctx, uint32_t *pd)
+{
+	struct ib_uverbs_alloc_pd in = {};
+
+	return command(ctx, IB_USER_VERBS_CMD_ALLOC_PD, &in, sizeof(in), pd,
+		       sizeof(*pd));
+}
+
+/* An MMU notification FD, or -errno. */
+static inline int queue_alloc(int ctx)
+{
+	struct call call;
+	int ret;
+
+	call_init(&call, UVERBS_OBJECT_MMU_NOTIFY,
+		  UVERBS_METHOD_MMU_NOTIFY_ALLOC);
+	call_attr(&call, UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE, 0, 0);
+	ret = call_make(&call, ctx);
+	return ret ?: (int)call.hdr.attrs[0].data_s64;
+}
+
+struct mr {
+	uint32_t pd;
+	uint64_t addr;
+	uint64_t length;
+	uint64_t access;
+	uint32_t keys[2];
+	uint32_t handle;
+};
+
+/* REG_MR of a plain MR, without what it takes to watch it. */
+static inline void mr_call(struct call *call, struct mr *mr)
+{
+	call_init(call, UVERBS_OBJECT_MR, UVERBS_METHOD_REG_MR);
+	call_attr(call, UVERBS_ATTR_REG_MR_HANDLE, 0, 0);
+	call_attr(call, UVERBS_ATTR_REG_MR_PD_HANDLE, 0, mr->pd);
+	call_attr(call, UVERBS_ATTR_REG_MR_IOVA, 8, mr->addr);
+	call_attr(call, UVERBS_ATTR_REG_MR_ADDR, 8, mr->addr);
+	call_attr(call, UVERBS_ATTR_REG_MR_LENGTH, 8, mr->length);
+	call_attr(call, UVERBS_ATTR_REG_MR_ACCESS_FLAGS, 8, mr->access);
+	call_out(call, UVERBS_ATTR_REG_MR_RESP_LKEY, &mr->keys[0], 4);
+	call_out(call, UVERBS_ATTR_REG_MR_RESP_RKEY, &mr->keys[1], 4);
+	call_siw(call, sizeof(struct siw_ureq_reg_mr),
+		 sizeof(struct siw_uresp_reg_mr));
+}
+
+static inline int mr_make(struct call *call, int ctx, struct mr *mr)
+{
+	int ret = call_make(call, ctx);
+
+	mr->handle = call->hdr.attrs[0].data;
+	return ret;
+}
+
+static inline void mr_call_watched(struct call *call, struct mr *mr,
+				   int64_t queue, uint64_t cookie)
+{
+	mr_call(call, mr);
+	call_attr(call, UVERBS_ATTR_REG_MR_NOTIFY_FD, 0, queue);
+	call_attr(call, UVERBS_ATTR_REG_MR_NOTIFY_COOKIE, 8, cookie);
+}
+
+static inline int mr_watch(int ctx, struct mr *mr, int64_t queue,
+			   uint64_t cookie)
+{
+	struct call call;
+
+	mr_call_watched(&call, mr, queue, cookie);
+	return mr_make(&call, ctx, mr);
+}
+
+/* The number of events reported, or -errno. */
+static inline int mr_destroy(int ctx, const struct mr *mr)
+{
+	uint32_t reported = ~0;
+	struct call call;
+	int ret;
+
+	call_init(&call, UVERBS_OBJECT_MR, UVERBS_METHOD_MR_DESTROY);
+	call_attr(&call, UVERBS_ATTR_DESTROY_MR_HANDLE, 0, mr->handle);
+	call_out(&call, UVERBS_ATTR_DESTROY_MR_RESP_EVENTS_REPORTED, &reported,
+		 sizeof(reported));
+	ret = call_make(&call, ctx);
+	return ret ?: (int)reported;
+}
+
+/* A context with all that it takes to watch. */
+struct notify {
+	int ctx;
+	uint32_t pd;
+	int queue;
+	const struct ib_uverbs_mmu_notify_page *page;
+	uint64_t seen;	/* the generation, when the queue was last read */
+};
+
+static inline uint64_t generation(const struct notify *notify)
+{
+	return __atomic_load_n(&notify->page->generation, __ATOMIC_ACQUIRE);
+}
+
+static inline void notify_open(struct __test_metadata *_metadata,
+			       struct notify *notify)
+{
+	uint64_t core_support;
+
+	notify->ctx = context_open(&core_support);
+	ASSERT_LE(0, notify->ctx);
+	ASSERT_EQ(0, pd_alloc(notify->ctx, &notify->pd));
+	notify->queue = queue_alloc(notify->ctx);
+	ASSERT_LE(0, notify->queue);
+	ASSERT_EQ(0, fcntl(notify->queue, F_SETFL, O_NONBLOCK));
+	notify->page = mmap(NULL, getpagesize(), PROT_READ, MAP_SHARED,
+			    notify->queue, 0);
+	ASSERT_NE(MAP_FAILED, notify->page);
+	notify->seen = generation(notify);
+}
+
+static inline void notify_close(struct notify *notify)
+{
+	munmap((void *)notify->page, getpagesize());
+	close(notify->queue);
+	close(notify->ctx);
+}
+
+static inline struct mr mr_of(const struct notify *notify, const void *addr,
+			      size_t length)
+{
+	return (struct mr){
+		.pd = notify->pd,
+		.addr = (uintptr_t)addr,
+		.length = length,
+		.access = MR_WRITE,
+	};
+}
+
+/* How many events there are, or -errno. */
+static inline int events_read(const struct notify *notify,
+			      struct ib_uverbs_mmu_notify_event *events,
+			      int room)
+{
+	ssize_t ret = read(notify->queue, events, room * sizeof(*events));
+
+	return ret < 0 ? -errno : (int)(ret / sizeof(*events));
+}
+
+/* Nothing may have been reported since the queue was last read. */
+#define EXPECT_QUIET(of) do {					\
+	const struct notify *_quiet = (of);			\
+	struct ib_uverbs_mmu_notify_event _event;		\
+								\
+	EXPECT_EQ(_quiet->seen, generation(_quiet));		\
+	EXPECT_EQ(-EAGAIN, events_read(_quiet, &_event, 1));	\
+} while (0)
+
+/* A pin moves pages out of ZONE_MOVABLE and CMA: let one do so beforehand. */
+static inline int mr_settle(int ctx, struct mr mr)
+{
+	struct call call;
+	int ret;
+
+	mr_call(&call, &mr);
+	ret = mr_make(&call, ctx, &mr);
+	return ret ?: mr_destroy(ctx, &mr);
+}
+
+static inline void *pages_map(struct __test_metadata *_metadata,
+			      const struct notify *notify, int pages)
+{
+	size_t len = pages * getpagesize();
+	char *addr = mmap(NULL, len, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	ASSERT_NE(MAP_FAILED, addr);
+	/* A huge page is changed as a whole, so its neighbours would be hit. */
+	madvise(addr, len, MADV_NOHUGEPAGE);
+	memset(addr, 0x5a, len);
+	ASSERT_EQ(0, mr_settle(notify->ctx, mr_of(notify, addr, len)));
+	return addr;
+}
+
+/* How the child ended: its exit code, or minus a signal. */
+static inline int child_wait(pid_t child)
+{
+	int status;
+
+	if (child < 0 || waitpid(child, &status, 0) != child)
+		return -1000;
+	return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+/* The tests need a device, and a kernel that has what they test. */
+static inline int notify_main(int argc, char **argv)
+{
+	uint64_t core_support = 0;
+	int ctx;
+
+	if (!getenv("UVERBS_DEV"))
+		ksft_exit_skip("UVERBS_DEV is not set: run uverbs_mmu_notify.sh\n");
+	ctx = context_open(&core_support);
+	if (ctx < 0)
+		ksft_exit_fail_msg("no context of %s: %s\n",
+				   getenv("UVERBS_DEV"), strerror(-ctx));
+	close(ctx);
+	if (!(core_support & IB_UVERBS_CORE_SUPPORT_MMU_NOTIFY))
+		ksft_exit_skip("the kernel has no MMU notification\n");
+	return test_harness_run(argc, argv);
+}
+
+#endif /* UVERBS_MMU_NOTIFY_H */

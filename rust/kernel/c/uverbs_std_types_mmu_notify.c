@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0 OR Linux-OpenIB
+
+#include <rdma/uverbs_std_types.h>
+#include <rdma/uverbs_ioctl.h>
+#include "rdma_core.h"
+#include "uverbs.h"
+
+#define CREATE_TRACE_POINTS
+#define CREATE_RUST_TRACE_POINTS
+#include <trace/events/ib_uverbs_mmu_notify.h>
+
+static struct ib_uverbs_mmu_notify_file *
+to_mmu_notify_file(struct ib_uobject *uobj)
+{
+	return container_of(uobj, struct ib_uverbs_mmu_notify_file, uobj);
+}
+
+/* Give a new uobject what the FD reads from. */
+int uverbs_mmu_notify_init_uobj(struct ib_uobject *uobj)
+{
+	struct ib_uverbs_mmu_queue *queue;
+
+	queue = ib_uverbs_mmu_queue_alloc();
+	if (IS_ERR(queue)) {
+		int ret = PTR_ERR(queue);
+
+		/* The set-up of the mm's notifiers does not restart by itself */
+		return ret == -EINTR ? -ERESTARTSYS : ret;
+	}
+
+	/* One reference each for destroy_object and release_cleanup */
+	ib_uverbs_mmu_queue_get(queue);
+	to_mmu_notify_file(uobj)->queue = queue;
+	return 0;
+}
+
+static int UVERBS_HANDLER(UVERBS_METHOD_MMU_NOTIFY_ALLOC)(
+	struct uverbs_attr_bundle *attrs)
+{
+	struct ib_uobject *uobj =
+		uverbs_attr_get_uobject(attrs,
+					UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE);
+	int ret;
+
+	ret = uverbs_mmu_notify_init_uobj(uobj);
+	if (ret)
+		return ret;
+
+	uverbs_finalize_uobj_create(attrs,
+				    UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE);
+	return 0;
+}
+
+static void uverbs_mmu_notify_destroy_uobj(struct ib_uobject *uobj,
+					   enum rdma_remove_reason why)
+{
+	struct ib_uverbs_mmu_notify_file *file = to_mmu_notify_file(uobj);
+
+	ib_uverbs_mmu_queue_close_put(file->queue);
+	/* There is no release_cleanup for a file that was never installed */
+	if (why == RDMA_REMOVE_ABORT)
+		ib_uverbs_mmu_queue_close_put(file->queue);
+}
+
+static void uverbs_mmu_notify_release_cleanup(struct ib_uobject *uobj)
+{
+	ib_uverbs_mmu_queue_close_put(to_mmu_notify_file(uobj)->queue);
+}
+
+DECLARE_UVERBS_NAMED_METHOD(
+	UVERBS_METHOD_MMU_NOTIFY_ALLOC,
+	UVERBS_ATTR_FD(UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE,
+		       UVERBS_OBJECT_MMU_NOTIFY,
+		       UVERBS_ACCESS_NEW,
+		       UA_MANDATORY));
+
+DECLARE_UVERBS_NAMED_OBJECT(
+	UVERBS_OBJECT_MMU_NOTIFY,
+	UVERBS_TYPE_ALLOC_FD_RELEASE(sizeof(struct ib_uverbs_mmu_notify_file),
+				     uverbs_mmu_notify_destroy_uobj,
+				     uverbs_mmu_notify_release_cleanup,
+				     &uverbs_mmu_notify_fops,
+				     "[infinibandmmunotify]",
+				     O_RDONLY),
+	&UVERBS_METHOD(UVERBS_METHOD_MMU_NOTIFY_ALLOC));
+
+const struct uapi_definition uverbs_def_obj_mmu_notify[] = {
+	UAPI_DEF_CHAIN_OBJ_TREE_NAMED(UVERBS_OBJECT_MMU_NOTIFY),
+	{}
+};
