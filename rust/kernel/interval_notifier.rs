@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Interval notifiers: being told when the mapping of a range of user addresses changes.
+//! Interval notifiers: callbacks for changes to the mapping of a range of user addresses.
 //!
-//! An interval notifier observes one range of one address space, an [`Mm`](super::Mm). Whoever
-//! changes the mapping of a page of that range calls [`IntervalNotifierCallback::invalidate`]
-//! before the page table entry goes away, and does not go on before the callback has returned.
+//! An interval notifier observes one range of one address space, an [`Mm`](super::Mm). The mm calls
+//! [`IntervalNotifierCallback::invalidate`] before it clears or changes a page table entry in the
+//! range, and waits for the callback to return.
 //!
-//! The object that is to be notified embeds an [`IntervalNotifier`] and implements
-//! [`HasIntervalNotifier`] (by [`impl_has_interval_notifier!`]) and [`IntervalNotifierCallback`].
-//! [`Registration::insert`] consumes the only reference to it, so that it cannot be inserted
-//! twice, and gives a [`Registration`] that owns a reference for as long as callbacks can run.
+//! The object to notify embeds an [`IntervalNotifier`] and implements [`HasIntervalNotifier`] (by
+//! [`impl_has_interval_notifier!`]) and [`IntervalNotifierCallback`]. [`Registration::insert`]
+//! consumes the only reference to it, so it cannot be inserted twice. The [`Registration`] that it
+//! returns owns a reference for as long as callbacks can run.
 //!
-//! # Which changes are seen
+//! # Which changes call back
 //!
-//! A change that had begun before [`Registration::insert`] never calls back, and may still be under
-//! way when that function returns. Whoever goes on to read the page tables, for example by pinning
-//! pages, has to call [`Registration::wait_for_in_flight`] in between. After that there is no gap:
-//! each change either was over before, or calls back.
+//! A change that began before [`Registration::insert`] never calls back, and may still be running
+//! when that function returns. Before the page tables are read, for example to pin pages,
+//! [`Registration::wait_for_in_flight`] has to be called. After that there is no gap: each change
+//! either was complete before, or calls back.
 //!
 //! # Examples
 //!
@@ -59,7 +59,7 @@
 //!     fn invalidate(this: ArcBorrow<'_, Self>, invalidation: &Invalidation) {
 //!         match invalidation.event() {
 //!             Event::PROTECTION_VMA | Event::PROTECTION_PAGE | Event::SOFT_DIRTY => (),
-//!             // Events that are not known to this code belong here.
+//!             // Unknown events belong here.
 //!             _ => *this.count.lock() += 1,
 //!         }
 //!     }
@@ -121,7 +121,7 @@ pub struct Event(bindings::mmu_notifier_event);
 impl Event {
     /// The range is unmapped, or moved to another address.
     pub const UNMAP: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_UNMAP);
-    /// Page table entries are cleared, for any of many reasons.
+    /// Page table entries are cleared, for one of many reasons.
     pub const CLEAR: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_CLEAR);
     /// The protection of the range changes.
     pub const PROTECTION_VMA: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_VMA);
@@ -143,9 +143,10 @@ impl Event {
     }
 }
 
-/// What an invalidation concerns.
+/// The event and the range of an invalidation.
 ///
-/// Wraps [`struct mmu_notifier_range`]. The range may reach beyond that of the notifier.
+/// Wraps [`struct mmu_notifier_range`]. The range may reach beyond that of the notifier. Whether the
+/// invalidation may sleep is not exposed: a callback must never sleep.
 ///
 /// [`struct mmu_notifier_range`]: srctree/include/linux/mmu_notifier.h
 #[repr(transparent)]
@@ -159,9 +160,9 @@ impl Invalidation {
         Event(unsafe { (*self.0.get()).event })
     }
 
-    /// Returns the user addresses concerned, the end not included.
+    /// Returns the user addresses that are invalidated, the end not included.
     ///
-    /// When the address space is torn down that is all of them, `0..usize::MAX`.
+    /// This is `0..usize::MAX` when the address space is torn down.
     #[inline]
     pub fn range(&self) -> Range<usize> {
         let range = self.0.get();
@@ -169,11 +170,11 @@ impl Invalidation {
         unsafe { (*range).start..(*range).end }
     }
 
-    /// Creates a reference from a pointer that a callback got.
+    /// Creates a reference from the pointer that is passed to a callback.
     ///
     /// # Safety
     ///
-    /// `ptr` must point at an initialized `struct mmu_notifier_range` that nobody writes to during
+    /// `ptr` must point at an initialized `struct mmu_notifier_range` that is not written to during
     /// `'a`.
     unsafe fn from_raw<'a>(ptr: *const bindings::mmu_notifier_range) -> &'a Self {
         // SAFETY: The caller promises that the pointer is valid for `'a`, and `Invalidation` is a
@@ -268,48 +269,48 @@ macro_rules! impl_has_interval_notifier {
 #[doc(inline)]
 pub use impl_has_interval_notifier;
 
-/// What an object does when the mapping of its range changes.
+/// The callbacks of an object with an [`IntervalNotifier`].
 pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static {
     /// Called before page table entries in the range of the notifier change.
     ///
-    /// May run concurrently with itself and is called again when the same addresses change again.
-    /// When the address space is torn down it is called with [`Event::RELEASE`] first, and once
-    /// more for the unmapping of all that is mapped.
+    /// May run concurrently with itself, and runs again when the same addresses change again. When
+    /// the address space is torn down it runs with [`Event::RELEASE`] first, and then with
+    /// [`Event::UNMAP`].
     ///
     /// # Context
     ///
-    /// In the context of whoever makes the change, under any sleeping lock of memory management,
-    /// possibly in memory reclaim or in the OOM reaper: must not sleep, must not allocate memory
-    /// except with [`GFP_NOWAIT`], and must not take a lock under which a [`Registration`] is
-    /// inserted, waited for or dropped.
+    /// Runs in the task that changes the mapping, possibly in memory reclaim or in the OOM reaper,
+    /// and with sleeping locks of memory management held. Must not sleep, must not allocate memory
+    /// except with [`GFP_NOWAIT`], and must not take a lock that is held anywhere while a
+    /// [`Registration`] is inserted, waited for or dropped.
     ///
     /// [`GFP_NOWAIT`]: crate::alloc::flags::GFP_NOWAIT
     fn invalidate(this: ArcBorrow<'_, Self>, invalidation: &Invalidation);
 
-    /// Called when the notifier has been removed: [`Self::invalidate`] will not run any more.
+    /// Called once, after the notifier has been removed. [`Self::invalidate`] does not run again.
     ///
     /// # Context
     ///
-    /// That in which the [`Registration`] is dropped.
+    /// The one in which the [`Registration`] is dropped.
     fn removed(_this: ArcBorrow<'_, Self>) {}
 }
 
 /// The insertion of an object into the notifier tree of an address space.
 ///
-/// Dropping it removes the object from the tree and sleeps until callbacks that are running have
-/// returned. That can take as long as an unrelated invalidation in the same address space does.
-/// It must not be dropped in a callback, nor under a lock that a callback, or whoever invalidates,
-/// takes; lockdep knows of the former only. Dropping it after the address space has been torn down
-/// is fine: until then the registration keeps the `mm_struct` (but not the mappings) alive.
+/// Dropping it removes the object from the tree and waits, uninterruptibly, until no callback runs.
+/// It may also wait for unrelated invalidations in the same address space, including the callbacks
+/// of other subscribers. It must not be dropped in a callback, nor while holding a lock that a
+/// callback or the invalidating task takes; lockdep only catches the locks taken in callbacks. It
+/// can be dropped after the address space has been torn down: it keeps the `mm_struct` alive, but
+/// not the mappings.
 ///
-/// Forgetting it leaks the object and the `mm_struct`, neither of which can dangle then. A module
-/// that did so must not be unloaded while the address space is there.
+/// [`mem::forget()`](core::mem::forget) leaks the object and the `mm_struct`, but is sound, unless
+/// the module that contains the callbacks is unloaded.
 ///
 /// # Invariants
 ///
-/// The notifier in `inner` has been inserted, and not been removed since: it is in the tree of the
-/// address space, or about to get there when the invalidations that are running are over. No other
-/// registration has it.
+/// The notifier in `inner` is inserted: it is in the tree of the address space, or is added to it
+/// when the running invalidations end. No other registration contains it.
 #[must_use = "dropping it ends the observation"]
 pub struct Registration<T: IntervalNotifierCallback> {
     inner: Arc<T>,
@@ -328,8 +329,8 @@ impl<T: IntervalNotifierCallback> Registration<T> {
     /// changes that do not call back.
     ///
     /// Fails with `EOVERFLOW` if the range is empty. The first insertion into an address space can
-    /// also fail with `ENOMEM`, and with `EINTR` if a signal is pending, unless [`prepare`] has
-    /// been called before.
+    /// also fail with `ENOMEM`, or with `EINTR` if a signal is pending; call [`prepare`] before to
+    /// avoid that.
     ///
     /// # Context
     ///
@@ -342,8 +343,8 @@ impl<T: IntervalNotifierCallback> Registration<T> {
 
         // SAFETY:
         // - `inner` is a valid object, and the notifier in it is pinned because an `Arc` is.
-        // - It is not in a tree: this object was in a `UniqueArc`, and a `Registration` owns an
-        //   `Arc` to an object in a tree.
+        // - It is not in a tree: the object was in a `UniqueArc`, while an object in a tree is in an
+        //   `Arc` that a `Registration` owns.
         // - `mm_users` is not zero by the type invariants of `MmWithUser`.
         // - `ops` is static, and `invalidate()` expects a notifier in a `T`.
         to_result(unsafe {
@@ -356,19 +357,20 @@ impl<T: IntervalNotifierCallback> Registration<T> {
             )
         })?;
 
-        // INVARIANT: We have just inserted it, and only `drop()` removes it. It was ours alone.
+        // INVARIANT: It was just inserted, and only `drop()` removes it. Its `UniqueArc` was
+        // consumed, so no other registration contains it.
         Ok(Self { inner })
     }
 
-    /// Waits until the changes that were under way when the object was inserted are over.
+    /// Waits until the changes that were running when the object was inserted are complete.
     ///
     /// # Context
     ///
-    /// Process context, sleeps uninterruptibly. The same locks as for dropping a registration must
-    /// not be held.
+    /// Process context, waits uninterruptibly. Must not be called where a registration must not be
+    /// dropped.
     pub fn wait_for_in_flight(&self) {
-        // The sequence number would tell whether a callback has run by the end of a critical
-        // section. There is none here: an object sees its callbacks itself.
+        // The sequence number is for users that retry when a callback has run. An object that
+        // records its callbacks needs only the wait.
         //
         // SAFETY: The notifier is inserted by the type invariants.
         unsafe { bindings::mmu_interval_read_begin(Self::raw_notifier(&self.inner)) };
@@ -379,11 +381,11 @@ impl<T: IntervalNotifierCallback> Registration<T> {
         &self.inner
     }
 
-    /// Removes the object from the tree, like dropping the registration does, and returns it.
+    /// Removes the object from the tree, as dropping the registration does, and returns it.
     ///
     /// # Context
     ///
-    /// The same as for dropping it.
+    /// The same as for dropping the registration.
     pub fn remove(self) -> Arc<T> {
         let inner = self.inner.clone();
         drop(self);
@@ -407,7 +409,8 @@ impl<T: IntervalNotifierCallback> Registration<T> {
         range: *const bindings::mmu_notifier_range,
         cur_seq: c_ulong,
     ) -> bool {
-        // Nobody calls `mmu_interval_read_retry()`, whose lock would have to be held here.
+        // This abstraction never calls `mmu_interval_read_retry()`, so the lock that orders it is
+        // not needed.
         //
         // SAFETY: The C side passes the notifier that it is calling.
         unsafe { bindings::mmu_interval_set_seq(notifier, cur_seq) };
@@ -416,22 +419,23 @@ impl<T: IntervalNotifierCallback> Registration<T> {
         // an object of type `T`.
         let object = unsafe { T::notifier_container_of(notifier.cast_const().cast()) };
 
-        // SAFETY: The object came from an `Arc`. `insert()`, and then the registration, own a
-        // reference to it until the notifier has been removed, which waits for this callback. For
-        // as long as there is that one nobody makes a `UniqueArc` of it.
+        // SAFETY: The object is in an `Arc`. `insert()`, and then the registration, own a reference
+        // to it until the notifier has been removed, which waits for this callback. While that
+        // reference exists no `UniqueArc` to the object can be created.
         let object = unsafe { ArcBorrow::from_raw(object) };
 
         // SAFETY: The C side passes a valid range, which is constant during the callback.
         T::invalidate(object, unsafe { Invalidation::from_raw(range) });
 
-        // Only a callback that had to sleep and was not allowed to may return false.
+        // Returning `false` is only allowed if the callback would have to sleep.
         true
     }
 }
 
 impl<T: IntervalNotifierCallback> Drop for Registration<T> {
     fn drop(&mut self) {
-        // SAFETY: The notifier is inserted by the type invariants, and ceases to be now.
+        // SAFETY: The notifier is inserted by the type invariants, and is removed exactly once,
+        // here.
         unsafe { bindings::mmu_interval_notifier_remove(Self::raw_notifier(&self.inner)) };
 
         T::removed(self.inner.as_arc_borrow());
@@ -471,37 +475,16 @@ unsafe impl<T: IntervalNotifierCallback> ForeignOwnable for Registration<T> {
     }
 }
 
-/// Sets up the notifier tree of `mm`, so that later insertions do not have to.
+/// Sets up the notifier tree of `mm`, so that [`Registration::insert`] cannot fail to do so.
 ///
-/// The tree stays until the address space is gone. Fails with `EINTR` if a signal is pending, and
-/// with `ENOMEM`.
+/// The tree stays until the address space is torn down. Does not wait for invalidations, unlike an
+/// insertion and removal would. Fails with `EINTR` if a signal is pending, and with `ENOMEM`.
 ///
 /// # Context
 ///
 /// Process context, may sleep. `mmap_lock` of `mm` must not be held.
 pub fn prepare(mm: &MmWithUser) -> Result {
-    #[pin_data]
-    struct Nothing {
-        #[pin]
-        notifier: IntervalNotifier<Self>,
-    }
-
-    impl_has_interval_notifier! {
-        impl HasIntervalNotifier for Nothing { self.notifier }
-    }
-
-    impl IntervalNotifierCallback for Nothing {
-        fn invalidate(_: ArcBorrow<'_, Self>, _: &Invalidation) {}
-    }
-
-    // `mmu_notifier_register(NULL, mm)` would do, but takes `mm_take_all_locks()` each time; an
-    // insertion does so only if there is no tree yet.
-    let object = UniqueArc::pin_init(
-        pin_init!(Nothing {
-            notifier <- IntervalNotifier::new(),
-        }),
-        GFP_KERNEL,
-    )?;
-
-    Registration::insert(object, mm, 0..1).map(drop)
+    // SAFETY: `mm_users` is not zero by the type invariants of `MmWithUser`. Without a subscription
+    // this only sets up the tree, as `mmu_interval_notifier_insert()` does.
+    to_result(unsafe { bindings::mmu_notifier_register(core::ptr::null_mut(), mm.as_raw()) })
 }

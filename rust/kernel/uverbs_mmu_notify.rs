@@ -1,21 +1,54 @@
 // SPDX-License-Identifier: GPL-2.0 OR Linux-OpenIB
 
-//! The core of MMU notification for userspace verbs: watches of the mapping under memory regions,
-//! and the queues that userspace reads from what has happened to them.
+//! Tells a process when the mapping behind one of its memory regions (MRs) changes.
 //!
-//! This file is the border to the C half, [`uverbs_mmu_notify.h`] documents what it exports.
-//! `queue` has the logic, and `state` what is known of one memory region.
+//! A [`Watch`] observes the address range of one MR. A [`Queue`] collects events and backs one
+//! notification FD. This file contains the C entry points declared in [`uverbs_mmu_notify.h`];
+//! `queue` implements watches and queues, `state` what is known of one MR.
+//!
+//! # Registration
+//!
+//! 1. The watch is allocated, and its notifier inserted.
+//! 2. Invalidations that are running in the address space are waited for. Those that begin later
+//!    call the watch.
+//! 3. The driver pins the pages.
+//! 4. The uobject is finalized and all responses are copied to userspace.
+//! 5. The watch goes live. If it was called meanwhile, the MR is *born stale*: an event is queued
+//!    at once. This step cannot fail, and nothing that can fail follows.
+//! 6. If a step before that fails, the watch is stopped. No event has been queued for it.
+//!
+//! So a change of the mapping either is complete before the pages are pinned, or is reported, and
+//! an MR is never live without a watch.
+//!
+//! # States
+//!
+//! A watch is *registering* until step 5, then *live*, and finally *stopped*. Only a live watch
+//! queues events. A queue is open until its context, its device or its file goes away, whatever
+//! comes first; then it is *closed*: it advances the generation a last time and delivers nothing.
+//! Its watches remain until their MRs are deregistered.
+//!
+//! # Deregistration
+//!
+//! The driver's `dereg_mr` is called first, so that the device does not access pages that nobody
+//! observes. Then the watch is stopped: its notifier is removed, which waits for callbacks, and a
+//! pending event is dropped. What is left is the number of events that were delivered.
+//!
+//! Locks and references are described in `queue`.
 //!
 //! [`uverbs_mmu_notify.h`]: srctree/drivers/infiniband/core/uverbs_mmu_notify.h
 
 use core::{
     mem::offset_of,
-    ptr::NonNull, //
+    ptr::{
+        self,
+        NonNull, //
+    }, //
 };
 use kernel::{
     alloc::allocator::Vmalloc,
     bindings,
     fs::File,
+    iov::IovIterDest,
     mm::{
         interval_notifier::Registration,
         MmWithUser, //
@@ -26,14 +59,12 @@ use kernel::{
         Arc,
         ArcBorrow, //
     },
-    task::CurrentTask,
+    task::{
+        cond_resched,
+        CurrentTask, //
+    },
     transmute::AsBytes,
-    types::ForeignOwnable,
-    uaccess::{
-        UserPtr,
-        UserSlice,
-        UserSliceWriter, //
-    }, //
+    types::ForeignOwnable, //
 };
 
 // A crate root looks for its modules beside itself, among the C files.
@@ -58,7 +89,7 @@ use state::{
     Record, //
 };
 
-// `state` and `queue` know the uAPI by these.
+// Check that `state` and `queue` agree with the uAPI.
 const _: () = {
     use bindings::{
         ib_uverbs_mmu_notify_event as UapiEvent,
@@ -80,36 +111,29 @@ const _: () = {
         Reason::MaybeStale as u32
             == bindings::ib_uverbs_mmu_notify_reason_IB_UVERBS_MMU_NOTIFY_MAYBE_STALE
     );
-    assert!(
-        Reason::Exited as u32 == bindings::ib_uverbs_mmu_notify_reason_IB_UVERBS_MMU_NOTIFY_EXITED
-    );
 };
 
 // SAFETY: `Record` consists of integers, and its size is the sum of theirs: there is no padding.
 unsafe impl AsBytes for Record {}
 
-impl Buffer for UserSliceWriter {
+impl Buffer for IovIterDest<'_> {
     fn copy(&mut self, records: &[Record]) -> Result {
-        // New records may come for as long as this goes on.
-        if current!().fatal_signal_pending() {
-            return Err(EINTR);
-        }
-        self.write_slice_nofault(records.as_bytes())
+        self.copy_to_iter_nofault(records.as_bytes())
     }
 
-    fn make_ready(&mut self, count: usize, again: bool) -> Result<usize> {
+    fn fault_in(&mut self, count: usize) -> Result<usize> {
         if current!().fatal_signal_pending() {
             return Err(EINTR);
         }
-        // No other signal ends the call for pages that only have to be faulted in. But if that
-        // does not help, it may never do.
-        if again && current!().signal_pending() {
-            return Err(ERESTARTSYS);
-        }
-        match self.fault_in(count * size_of::<Record>()) / size_of::<Record>() {
+        match self.fault_in_writeable(count * size_of::<Record>()) / size_of::<Record>() {
             0 => Err(EFAULT),
             count => Ok(count),
         }
+    }
+
+    fn interrupted(&self) -> bool {
+        cond_resched();
+        current!().signal_pending()
     }
 }
 
@@ -121,14 +145,14 @@ fn mm_of(task: &CurrentTask) -> Result<&MmWithUser> {
 /// # Safety
 ///
 /// `queue` must come from [`ib_uverbs_mmu_queue_alloc`], and the reference that goes with it must
-/// not be given up during `'a`.
+/// not be put during `'a`.
 unsafe fn borrow_queue<'a>(queue: *mut bindings::ib_uverbs_mmu_queue) -> ArcBorrow<'a, Queue> {
     // SAFETY: The pointer comes from `Arc::into_foreign()`, and by the requirements of this
     // function the `Arc` lives long enough.
     unsafe { <Arc<Queue> as ForeignOwnable>::borrow(queue.cast()) }
 }
 
-fn err_ptr_or<T>(result: Result<*mut c_void>) -> *mut T {
+fn into_err_ptr<T>(result: Result<*mut c_void>) -> *mut T {
     result.map_or_else(Error::to_ptr, <*mut c_void>::cast)
 }
 
@@ -138,7 +162,7 @@ fn err_ptr_or<T>(result: Result<*mut c_void>) -> *mut T {
 // Required to be unsafe due to the `#[export]` annotation.
 #[export]
 pub unsafe extern "C" fn ib_uverbs_mmu_queue_alloc() -> *mut bindings::ib_uverbs_mmu_queue {
-    err_ptr_or(
+    into_err_ptr(
         mm_of(current!())
             .and_then(Queue::new)
             .map(ForeignOwnable::into_foreign),
@@ -153,7 +177,7 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_get(queue: *mut bindings::ib_uverbs
     // SAFETY: The caller owns a reference during this call.
     let queue = unsafe { borrow_queue(queue) };
 
-    // `ib_uverbs_mmu_queue_close_put()` gives it up.
+    // Dropped by one of the two functions that put it.
     let _ = Arc::from(queue).into_foreign();
 }
 
@@ -171,30 +195,46 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_close_put(queue: *mut bindings::ib_
 
 /// # Safety
 ///
-/// The caller must own a reference to `queue`, an object from [`ib_uverbs_mmu_queue_alloc`].
+/// The caller must own a reference to `queue`, an object from [`ib_uverbs_mmu_queue_alloc`], which
+/// this function takes over. The page of the queue must not be used any longer, except through
+/// references to the page itself.
+#[export]
+pub unsafe extern "C" fn ib_uverbs_mmu_queue_release_put(
+    queue: *mut bindings::ib_uverbs_mmu_queue,
+) {
+    // SAFETY: The pointer comes from `into_foreign()`, and each reference is taken over once.
+    let queue = unsafe { <Arc<Queue> as ForeignOwnable>::from_foreign(queue.cast()) };
+
+    queue.release();
+}
+
+/// # Safety
+///
+/// - The caller must own a reference to `queue`, an object from [`ib_uverbs_mmu_queue_alloc`].
+/// - `to` must be a valid `iov_iter` for writing to, which nobody else uses during this call.
 #[export]
 pub unsafe extern "C" fn ib_uverbs_mmu_queue_read(
     queue: *mut bindings::ib_uverbs_mmu_queue,
-    buf: *mut c_char,
-    count: usize,
+    to: *mut bindings::iov_iter,
     nonblock: bool,
 ) -> isize {
     // SAFETY: The caller owns a reference during this call.
     let queue = unsafe { borrow_queue(queue) };
-    let mut buffer = UserSlice::new(UserPtr::from_ptr(buf.cast()), count).writer();
+    // SAFETY: The caller promises that the `iov_iter` is valid, a destination, and ours alone.
+    let to = unsafe { IovIterDest::from_raw(to) };
 
     let mut read = || {
         if !queue.belongs_to(mm_of(current!())?) {
             return Err(EPERM);
         }
-        match count / size_of::<Record>() {
+        match to.len() / size_of::<Record>() {
             0 => Err(EINVAL),
-            max => queue.read(max, nonblock, &mut buffer),
+            max => queue.read(max, nonblock, to),
         }
     };
 
     match read() {
-        Ok(records) => (records * size_of::<Record>()) as isize,
+        Ok(events) => (events * size_of::<Record>()) as isize,
         Err(error) => error.to_errno() as isize,
     }
 }
@@ -202,7 +242,7 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_read(
 /// # Safety
 ///
 /// - The caller must own a reference to `queue`, an object from [`ib_uverbs_mmu_queue_alloc`].
-/// - `file` must be a valid file, and `wait` null or a valid `poll_table`.
+/// - `file` must be a valid file that is a stream, and `wait` null or a valid `poll_table`.
 #[export]
 pub unsafe extern "C" fn ib_uverbs_mmu_queue_poll(
     queue: *mut bindings::ib_uverbs_mmu_queue,
@@ -211,9 +251,9 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_poll(
 ) -> bindings::__poll_t {
     // SAFETY: The caller owns a reference during this call.
     let queue = unsafe { borrow_queue(queue) };
-    // SAFETY: The caller promises that the file is valid. `fdget_pos()` takes no lock for a file
-    // without a position, but nothing reads or writes the position of this one, and the reference
-    // is used for `poll_wait()` only.
+    // SAFETY: The caller promises that the file is valid during this call. `fdget_pos()` takes no
+    // `f_pos_lock` for it, but a stream has no position that the lock would protect: no system call
+    // accesses `f_pos`.
     let file = unsafe { File::from_raw_file(file) };
     // SAFETY: The caller promises that the table is null or valid.
     let table = unsafe { PollTable::from_raw(wait) };
@@ -231,8 +271,12 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_page(
     // SAFETY: The caller owns a reference during this call.
     let queue = unsafe { borrow_queue(queue) };
 
-    // SAFETY: The counter page is an allocation of vmalloc, which lives as long as the queue.
-    unsafe { Vmalloc::to_page(NonNull::from(queue.page()).cast()) }.as_ptr()
+    queue.with_page(|page| {
+        page.map_or(ptr::null_mut(), |page| {
+            // SAFETY: The page is an allocation of vmalloc, which stays while it is borrowed.
+            unsafe { Vmalloc::to_page(NonNull::from(page).cast()) }.as_ptr()
+        })
+    })
 }
 
 /// # Safety
@@ -253,15 +297,15 @@ pub unsafe extern "C" fn ib_uverbs_mmu_watch_start(
         // CAST: Only 64-bit architectures build this file.
         let range = start as usize..end as usize;
 
-        Watch::new(queue, mm_of(current!())?, range, cookie)
+        Watch::start(queue, mm_of(current!())?, range, cookie)
     };
 
-    err_ptr_or(watch().map(ForeignOwnable::into_foreign))
+    into_err_ptr(watch().map(ForeignOwnable::into_foreign))
 }
 
 /// # Safety
 ///
-/// `watch` must come from [`ib_uverbs_mmu_watch_start`], and not be stopped before the return.
+/// `watch` must come from [`ib_uverbs_mmu_watch_start`], and not be stopped during this call.
 #[export]
 pub unsafe extern "C" fn ib_uverbs_mmu_watch_go_live(watch: *mut bindings::ib_uverbs_mmu_watch) {
     // SAFETY: The pointer comes from `into_foreign()`, and the caller promises that the
@@ -278,5 +322,5 @@ pub unsafe extern "C" fn ib_uverbs_mmu_watch_stop(
 ) -> u32 {
     // SAFETY: The pointer comes from `into_foreign()`, and the caller promises that it is used for
     // the last time.
-    queue::detach(unsafe { <Registration<Watch> as ForeignOwnable>::from_foreign(watch.cast()) })
+    queue::stop(unsafe { <Registration<Watch> as ForeignOwnable>::from_foreign(watch.cast()) })
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Tracepoints of drivers/infiniband/core/uverbs_mmu_notify.rs. The pointer in
- * each tells the MMU notification FDs apart, cookies need not be unique.
+ * Tracepoints of drivers/infiniband/core/uverbs_mmu_notify.rs. The pointer
+ * identifies the notification FD, since cookies need not be unique. They run
+ * without a lock, so those of different tasks may be out of order.
  */
 
 #undef TRACE_SYSTEM
@@ -34,8 +35,8 @@ TRACE_DEFINE_ENUM(MMU_NOTIFY_EXCLUSIVE);
 		{ MMU_NOTIFY_MIGRATE, "MIGRATE" },			\
 		{ MMU_NOTIFY_EXCLUSIVE, "EXCLUSIVE" })
 
-/* An MR is watched. The range is that of the MR, its end not included. */
-TRACE_EVENT(uverbs_mmu_notify_attach,
+/* An MR is about to be registered. The range is the MR's, end not included. */
+TRACE_EVENT(uverbs_mmu_notify_start,
 	TP_PROTO(const void *queue, u64 cookie, u64 start, u64 end),
 	TP_ARGS(queue, cookie, start, end),
 
@@ -60,11 +61,12 @@ TRACE_EVENT(uverbs_mmu_notify_attach,
 
 /*
  * The mapping under a watched MR changes. The range is the notifier's, which
- * may reach beyond the MR. The generation is zero if this is not reported now:
- * because the registration is going on, or because the FD is closed. Events of a
- * kind that is never reported are not traced.
+ * may reach beyond the MR. The generation is what this advanced it to. It is
+ * zero if it merged into a pending event, if the MR is still being registered,
+ * and if the FD is closed. Kinds of changes that are never reported are not
+ * traced.
  */
-TRACE_EVENT(uverbs_mmu_notify_hit,
+TRACE_EVENT(uverbs_mmu_notify_invalidate,
 	TP_PROTO(const void *queue, u64 cookie, int event, u64 start, u64 end,
 		 u64 generation),
 	TP_ARGS(queue, cookie, event, start, end, generation),
@@ -93,7 +95,7 @@ TRACE_EVENT(uverbs_mmu_notify_hit,
 		  __entry->start, __entry->end, __entry->generation)
 );
 
-/* A record was copied to userspace. */
+/* An event was copied to userspace. */
 TRACE_EVENT(uverbs_mmu_notify_deliver,
 	TP_PROTO(const void *queue,
 		 const struct ib_uverbs_mmu_notify_event *record),
@@ -122,8 +124,8 @@ TRACE_EVENT(uverbs_mmu_notify_deliver,
 		  __entry->end, __entry->generation, __entry->reasons)
 );
 
-/* An MR is not watched any more. */
-TRACE_EVENT(uverbs_mmu_notify_detach,
+/* The watch of an MR was stopped. */
+TRACE_EVENT(uverbs_mmu_notify_stop,
 	TP_PROTO(const void *queue, u64 cookie, u32 events_reported),
 	TP_ARGS(queue, cookie, events_reported),
 

@@ -7,20 +7,21 @@
 #include <linux/types.h>
 
 struct file;
+struct iov_iter;
 struct page;
 struct poll_table_struct;
 
 /*
- * The core of MMU notification, uverbs_mmu_notify.rs.
+ * The core of MMU notification, uverbs_mmu_notify.rs, which describes how the
+ * parts work together.
  *
- * A queue is what an MMU notification FD reads from. It is reference counted;
- * each watch owns a reference. It belongs to the address space of the process
- * that created it, and nobody else can add a watch or read.
+ * A queue collects events and backs one notification FD. It is reference
+ * counted, and each watch owns a reference. It belongs to the address space in
+ * which it was created: no other can be watched, or can read.
  *
- * A watch is the record that the mapping under one MR is observed. It is owned
- * by the MR's uobject and sees each change of the mapping that begins after
- * ib_uverbs_mmu_watch_start() has returned. It reports what it has seen once
- * ib_uverbs_mmu_watch_go_live() has been called.
+ * A watch observes the mapping of one MR, whose uobject owns it. It sees each
+ * change of the mapping that begins after ib_uverbs_mmu_watch_start() has
+ * returned, and queues events once ib_uverbs_mmu_watch_go_live() was called.
  *
  * Unless noted otherwise the functions are for process context and may sleep.
  */
@@ -29,9 +30,10 @@ struct ib_uverbs_mmu_watch;
 
 /*
  * Create a queue for the current address space. The caller owns one reference.
+ * mmap_lock must not be held.
  *
  * Return: the queue, or an ERR_PTR: -ENOMEM; -EINTR if a signal is pending;
- * -EPERM in a kernel thread. mmap_lock must not be held.
+ * -EPERM in a kernel thread.
  */
 struct ib_uverbs_mmu_queue *ib_uverbs_mmu_queue_alloc(void);
 
@@ -39,60 +41,75 @@ struct ib_uverbs_mmu_queue *ib_uverbs_mmu_queue_alloc(void);
 void ib_uverbs_mmu_queue_get(struct ib_uverbs_mmu_queue *queue);
 
 /*
- * Close the queue, unless it is, and give up a reference. Readers wake up, the
- * counter is bumped once, and nothing is delivered any more.
+ * Close the queue and put a reference. Closing it wakes readers, advances the
+ * generation a last time, and ends delivery. Idempotent.
  */
 void ib_uverbs_mmu_queue_close_put(struct ib_uverbs_mmu_queue *queue);
 
 /*
- * Implement read(): copy out as many records as there are and as fit.
+ * Close the queue, free its page, and put a reference. For the release of the
+ * file, after which there is no mapping.
+ */
+void ib_uverbs_mmu_queue_release_put(struct ib_uverbs_mmu_queue *queue);
+
+/*
+ * Implement read_iter(): copy events to @to.
  *
- * Return: the number of bytes, a multiple of the size of a record and less than
- * what fits only if the queue was empty then or the buffer faulted; -EPERM in
- * another address space; -EINVAL if no record fits; -EIO if the queue is
- * closed; -EAGAIN if it is empty and @nonblock; -ERESTARTSYS; -EFAULT; -EINTR
- * if the task is being killed. An error means that nothing was consumed.
+ * Return: the number of bytes, whole events and at least one. It does not tell
+ * whether more events are pending. Or an error, which means that no event was
+ * removed: -EPERM in another address space; -EINVAL if no event fits; -EIO if
+ * the queue is closed; -EAGAIN if no event is pending and @nonblock;
+ * -ERESTARTSYS if a signal ended the wait for an event; -EFAULT; -EINTR if the
+ * task is being killed.
  */
 ssize_t ib_uverbs_mmu_queue_read(struct ib_uverbs_mmu_queue *queue,
-				 char __user *buf, size_t count, bool nonblock);
+				 struct iov_iter *to, bool nonblock);
 
-/* Implement poll(): EPOLLIN | EPOLLRDNORM if not empty, EPOLLERR if closed. */
+/*
+ * Implement poll(): EPOLLIN | EPOLLRDNORM if an event is pending, EPOLLERR if
+ * the queue is closed. @file must be a stream.
+ */
 __poll_t ib_uverbs_mmu_queue_poll(struct ib_uverbs_mmu_queue *queue,
 				  struct file *file,
 				  struct poll_table_struct *wait);
 
-/* Return the page with the counter, which lives as long as the queue. */
+/*
+ * Return the page with the generation, which stays until the file is released,
+ * and NULL after that.
+ */
 struct page *ib_uverbs_mmu_queue_page(struct ib_uverbs_mmu_queue *queue);
 
 #if IS_ENABLED(CONFIG_INFINIBAND_USER_MMU_NOTIFY)
 /*
  * Observe the mapping of @length bytes at @start, an untagged address, in the
- * current address space, on behalf of an MR that is about to be created.
+ * current address space, for an MR that is about to be created.
  *
- * Waits until changes that are under way in this address space are over, so
- * that pages that are pinned afterwards are either still mapped or reported.
+ * Waits, uninterruptibly, for all invalidations that are running in this
+ * address space, so that pages pinned afterwards either stay mapped or are
+ * reported. mmap_lock must not be held.
  *
  * Return: the watch, which the caller has to stop, or an ERR_PTR: -EPERM in
  * another address space than the creator's; -EINVAL if @length is zero or the
- * range wraps around; -EIO if the queue is closed; -ENOMEM. mmap_lock must not
- * be held.
+ * range wraps around; -EIO if the queue is closed; -ENOMEM.
  */
 struct ib_uverbs_mmu_watch *
 ib_uverbs_mmu_watch_start(struct ib_uverbs_mmu_queue *queue, u64 start,
 			  u64 length, u64 cookie);
 
 /*
- * Report from now on, beginning with what was seen since the watch was started.
- * Does not sleep.
+ * Queue events from now on, first of all for what was seen since the watch was
+ * started. Does not sleep.
  */
 void ib_uverbs_mmu_watch_go_live(struct ib_uverbs_mmu_watch *watch);
 
 /*
- * End a watch and free it. May wait for invalidations that are under way in the
- * address space, so no lock that is held around one may be held.
+ * Stop a watch and free it. A pending event is dropped and not counted.
  *
- * Return: how many of its records were delivered, modulo 2^32. None will be
- * any more; one that was waiting is dropped and not counted.
+ * Waits, uninterruptibly, for all invalidations that are running in the address
+ * space. No lock may be held that is held around an invalidation.
+ *
+ * Return: how many of its events were delivered, modulo 2^32. None is delivered
+ * after the return.
  */
 u32 ib_uverbs_mmu_watch_stop(struct ib_uverbs_mmu_watch *watch);
 #else

@@ -15,18 +15,22 @@ to_mmu_notify_file(struct ib_uobject *uobj)
 	return container_of(uobj, struct ib_uverbs_mmu_notify_file, uobj);
 }
 
-/* Give a new uobject what the FD reads from. */
+/* Set up the queue and the file of a new uobject. */
 int uverbs_mmu_notify_init_uobj(struct ib_uobject *uobj)
 {
 	struct ib_uverbs_mmu_queue *queue;
+	struct file *filp = uobj->object;
 
 	queue = ib_uverbs_mmu_queue_alloc();
 	if (IS_ERR(queue)) {
 		int ret = PTR_ERR(queue);
 
-		/* The set-up of the mm's notifiers does not restart by itself */
+		/* mmu_notifier_register() does not say that it can be restarted */
 		return ret == -EINTR ? -ERESTARTSYS : ret;
 	}
+
+	stream_open(NULL, filp);
+	filp->f_mode |= FMODE_NOWAIT;
 
 	/* One reference each for destroy_object and release_cleanup */
 	ib_uverbs_mmu_queue_get(queue);
@@ -59,12 +63,12 @@ static void uverbs_mmu_notify_destroy_uobj(struct ib_uobject *uobj,
 	ib_uverbs_mmu_queue_close_put(file->queue);
 	/* There is no release_cleanup for a file that was never installed */
 	if (why == RDMA_REMOVE_ABORT)
-		ib_uverbs_mmu_queue_close_put(file->queue);
+		ib_uverbs_mmu_queue_release_put(file->queue);
 }
 
 static void uverbs_mmu_notify_release_cleanup(struct ib_uobject *uobj)
 {
-	ib_uverbs_mmu_queue_close_put(to_mmu_notify_file(uobj)->queue);
+	ib_uverbs_mmu_queue_release_put(to_mmu_notify_file(uobj)->queue);
 }
 
 DECLARE_UVERBS_NAMED_METHOD(

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0 OR Linux-OpenIB
 
-//! What is known of one watched MR: plain data, no locks, no pointers.
+//! Per-MR state: plain data, no locks, no pointers.
 
 use core::ops::Range;
 use kernel::{
     mm::interval_notifier::Event as MmEvent,
-    page::PAGE_MASK, //
+    page::PAGE_SHIFT, //
 };
 
-/// `struct ib_uverbs_mmu_notify_event`.
+/// An event as userspace reads it: `struct ib_uverbs_mmu_notify_event`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Record {
@@ -20,24 +20,21 @@ pub(crate) struct Record {
     pub(crate) reserved: u32,
 }
 
-/// Why the registration is stale, or may be: the bits of `enum ib_uverbs_mmu_notify_reason`.
+/// Why an MR is, or may be, stale: the bits of `enum ib_uverbs_mmu_notify_reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Reason {
     Unmapped = 1 << 0,
     MaybeStale = 1 << 1,
-    Exited = 1 << 2,
 }
 
 impl Reason {
-    /// Returns the reason to report `event` for, or `None` if the process will go on to see the
-    /// pages that are pinned.
+    /// Returns the reason to report `event` with, or `None` if it leaves the pinned pages mapped.
     ///
-    /// Changes of protection and soft-dirty tracking leave the pages where they are: a pinned
-    /// anonymous page is exclusive and is not replaced on write, and a long-term pin has broken
-    /// copy-on-write before. Migration to a device fails for pinned pages, and a page that a device
-    /// has exclusive access to is the one that comes back. An event that is not known here is
-    /// reported.
+    /// Changes of protection and soft-dirty tracking leave the pages mapped: a pinned anonymous
+    /// page is exclusive and is not replaced on write, and a long-term pin has broken
+    /// copy-on-write before. Migration to a device fails for pinned pages. Exclusive access of a
+    /// device ends with the same page mapped again. Unknown events are reported.
     pub(crate) fn of(event: MmEvent) -> Option<Self> {
         match event {
             MmEvent::PROTECTION_VMA
@@ -45,104 +42,137 @@ impl Reason {
             | MmEvent::SOFT_DIRTY
             | MmEvent::MIGRATE
             | MmEvent::EXCLUSIVE => None,
-            MmEvent::UNMAP => Some(Self::Unmapped),
-            MmEvent::RELEASE => Some(Self::Exited),
+            // The address space is torn down: all of it is unmapped.
+            MmEvent::UNMAP | MmEvent::RELEASE => Some(Self::Unmapped),
             _ => Some(Self::MaybeStale),
         }
     }
 }
 
-/// The state of one watch.
+/// The pending event of an MR in one word: its reasons, and its span in units of [`Region`].
+///
+/// [`Pending::NONE`] if there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pending(u64);
+
+impl Pending {
+    pub(crate) const NONE: Self = Self(0);
+
+    const REASON_BITS: u32 = 4;
+    const UNIT_BITS: u32 = 30;
+    const UNIT_MASK: u64 = (1 << Self::UNIT_BITS) - 1;
+
+    /// Returns the event for the units `first` to `last`, inclusive.
+    fn new(first: u64, last: u64, reason: Reason) -> Self {
+        Self(
+            (last << (Self::REASON_BITS + Self::UNIT_BITS))
+                | (first << Self::REASON_BITS)
+                | u64::from(reason as u8),
+        )
+    }
+
+    fn reasons(self) -> u64 {
+        self.0 & ((1 << Self::REASON_BITS) - 1)
+    }
+
+    fn first(self) -> u64 {
+        (self.0 >> Self::REASON_BITS) & Self::UNIT_MASK
+    }
+
+    fn last(self) -> u64 {
+        self.0 >> (Self::REASON_BITS + Self::UNIT_BITS)
+    }
+
+    /// Returns the event for both: the smallest span that covers theirs, and all their reasons.
+    ///
+    /// Both must be events.
+    pub(crate) fn merge(self, other: Self) -> Self {
+        Self(
+            (self.last().max(other.last()) << (Self::REASON_BITS + Self::UNIT_BITS))
+                | (self.first().min(other.first()) << Self::REASON_BITS)
+                | self.reasons()
+                | other.reasons(),
+        )
+    }
+}
+
+impl From<u64> for Pending {
+    fn from(word: u64) -> Self {
+        Self(word)
+    }
+}
+
+impl From<Pending> for u64 {
+    fn from(pending: Pending) -> Self {
+        pending.0
+    }
+}
+
+/// The addresses of an MR: CPU virtual addresses without tag.
+///
+/// Spans inside it are counted in units from the one that contains its start. A unit is a page, or
+/// in an MR of more than 2^30 pages the smallest power of two pages that makes it 2^30 at most.
 ///
 /// # Invariants
 ///
-/// - `hull` is a part of `range`.
-/// - `reasons` is zero if and only if no hit waits to be delivered.
+/// The range is not empty.
 #[derive(Debug)]
-pub(crate) struct State {
-    range: Range<usize>,
-    hull: Range<usize>,
-    generation: u64,
-    cookie: u64,
-    delivered: u32,
-    reasons: u8,
-    /// The registration is complete: hits are reported. Before that they are remembered.
-    live: bool,
+#[repr(C)]
+pub(crate) struct Region {
+    start: usize,
+    end: usize,
 }
 
-impl State {
-    /// Creates the state of an MR that is being registered.
-    ///
-    /// `range` holds its CPU virtual addresses, untagged, the end not included.
-    pub(crate) fn new(range: Range<usize>, cookie: u64) -> Self {
-        // INVARIANT: The empty range at its start is a part of `range`; there is no hit.
-        Self {
-            hull: range.start..range.start,
-            range,
-            generation: 0,
-            cookie,
-            delivered: 0,
-            reasons: 0,
-            live: false,
+impl Region {
+    /// Returns the region with the addresses `range`, or `None` if there are none.
+    pub(crate) fn new(range: Range<usize>) -> Option<Self> {
+        // INVARIANT: The range was just found not to be empty.
+        (range.start < range.end).then_some(Self {
+            start: range.start,
+            end: range.end,
+        })
+    }
+
+    /// Returns the addresses, the end not included.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.start..self.end
+    }
+
+    /// Returns the binary logarithm of the size of a unit in bytes.
+    fn unit_shift(&self) -> usize {
+        let mut shift = PAGE_SHIFT;
+        while ((((self.end - 1) >> shift) - (self.start >> shift)) >> Pending::UNIT_BITS) != 0 {
+            shift += 1;
         }
+        shift
     }
 
-    /// Returns the cookie that the MR was registered with.
-    pub(crate) fn cookie(&self) -> u64 {
-        self.cookie
+    /// Returns the event for an invalidation of `range`, or `None` if it is outside.
+    pub(crate) fn event(&self, range: Range<usize>, reason: Reason) -> Option<Pending> {
+        let shift = self.unit_shift();
+        let base = self.start >> shift;
+        // Whole units, and so whole pages: pages change as a whole.
+        let first = (range.start >> shift).max(base);
+        let last = (range.end.saturating_sub(1) >> shift).min((self.end - 1) >> shift);
+
+        (first <= last).then(|| Pending::new((first - base) as u64, (last - base) as u64, reason))
     }
 
-    /// Merges a hit on `hit`, which may reach beyond the MR, into what waits to be delivered.
-    ///
-    /// Returns whether it is to be reported now, with `generation`.
-    pub(crate) fn hit(&mut self, hit: Range<usize>, reason: Reason, generation: u64) -> bool {
-        // Pages change as a whole, also if only a part of one that is not the MR's was named.
-        let start = (hit.start & PAGE_MASK).max(self.range.start);
-        let end = (hit.end.saturating_add(!PAGE_MASK) & PAGE_MASK).min(self.range.end);
+    /// Returns `pending`, which must be an event of this region, as userspace reads it.
+    pub(crate) fn record(&self, pending: Pending, cookie: u64, generation: u64) -> Record {
+        let shift = self.unit_shift();
+        let base = self.start >> shift;
+        // CAST: Offsets in units of this region, which fit in `usize` as its addresses do.
+        let (first, last) = (pending.first() as usize, pending.last() as usize);
+        let last_byte = ((base + last) << shift) | ((1 << shift) - 1);
 
-        if start >= end {
-            return false;
-        }
-
-        // INVARIANT: `start..end` is a part of `range`, and there is a hit now.
-        self.hull = if self.reasons == 0 {
-            start..end
-        } else {
-            self.hull.start.min(start)..self.hull.end.max(end)
-        };
-        self.reasons |= reason as u8;
-        self.generation = generation;
-        self.live
-    }
-
-    /// Starts to report hits. Returns whether there was one already, which `generation` is for.
-    pub(crate) fn go_live(&mut self, generation: u64) -> bool {
-        self.live = true;
-        self.generation = generation;
-        self.reasons != 0
-    }
-
-    /// Returns what to deliver for the hits that have been merged.
-    pub(crate) fn record(&self) -> Record {
         Record {
-            cookie: self.cookie,
-            start: self.hull.start as u64,
-            end: self.hull.end as u64,
-            generation: self.generation,
-            reasons: self.reasons.into(),
+            cookie,
+            start: ((base + first) << shift).max(self.start) as u64,
+            end: last_byte.min(self.end - 1) as u64 + 1,
+            generation,
+            reasons: pending.reasons() as u32,
             reserved: 0,
         }
-    }
-
-    /// Counts the delivery of [`State::record`] and begins anew.
-    pub(crate) fn delivered(&mut self) {
-        self.delivered = self.delivered.wrapping_add(1);
-        // INVARIANT: There is no hit any more.
-        self.reasons = 0;
-    }
-
-    /// Returns how often a record has been delivered, modulo 2^32.
-    pub(crate) fn count(&self) -> u32 {
-        self.delivered
     }
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0 OR Linux-OpenIB
 
-//! Tracepoints, so that a person can see why a cached registration was dropped.
+//! Tracepoints that show why a registration was invalidated.
 //!
-//! `include/trace/events/ib_uverbs_mmu_notify.h` tells what each is about. They may be hit under
-//! the lock of a queue.
+//! `include/trace/events/ib_uverbs_mmu_notify.h` describes their fields. All run without the lock of
+//! the queue, so that those of different tasks may be out of order.
 
 use super::{
     queue::Queue,
@@ -23,12 +23,12 @@ kernel::declare_trace! {
     /// # Safety
     ///
     /// Always safe to call.
-    unsafe fn uverbs_mmu_notify_attach(queue: *const c_void, cookie: u64, start: u64, end: u64);
+    unsafe fn uverbs_mmu_notify_start(queue: *const c_void, cookie: u64, start: u64, end: u64);
 
     /// # Safety
     ///
     /// Always safe to call.
-    unsafe fn uverbs_mmu_notify_hit(
+    unsafe fn uverbs_mmu_notify_invalidate(
         queue: *const c_void,
         cookie: u64,
         event: c_int,
@@ -48,21 +48,21 @@ kernel::declare_trace! {
     /// # Safety
     ///
     /// Always safe to call.
-    unsafe fn uverbs_mmu_notify_detach(queue: *const c_void, cookie: u64, events_reported: u32);
+    unsafe fn uverbs_mmu_notify_stop(queue: *const c_void, cookie: u64, events_reported: u32);
 }
 
-/// An MR with the addresses `range` is watched.
+/// A watch of the addresses `range` was started.
 #[inline]
-pub(crate) fn attach(queue: &Queue, cookie: u64, range: &Range<usize>) {
+pub(crate) fn start(queue: &Queue, cookie: u64, range: &Range<usize>) {
     let queue = ptr::from_ref(queue).cast();
 
     // SAFETY: Always safe to call.
-    unsafe { uverbs_mmu_notify_attach(queue, cookie, range.start as u64, range.end as u64) }
+    unsafe { uverbs_mmu_notify_start(queue, cookie, range.start as u64, range.end as u64) }
 }
 
-/// An invalidation concerns an MR; `generation` if it is reported now.
+/// An invalidation concerns a watch. `generation` is what it advanced the generation to, if it did.
 #[inline]
-pub(crate) fn hit(
+pub(crate) fn invalidate(
     queue: &Queue,
     cookie: u64,
     invalidation: &Invalidation,
@@ -70,14 +70,15 @@ pub(crate) fn hit(
 ) {
     let queue = ptr::from_ref(queue).cast();
     let Range { start, end } = invalidation.range();
+    let (start, end) = (start as u64, end as u64);
     let event = invalidation.event().as_raw() as c_int;
     let generation = generation.unwrap_or(0);
 
     // SAFETY: Always safe to call.
-    unsafe { uverbs_mmu_notify_hit(queue, cookie, event, start as u64, end as u64, generation) }
+    unsafe { uverbs_mmu_notify_invalidate(queue, cookie, event, start, end, generation) }
 }
 
-/// A record was copied to userspace.
+/// An event was delivered.
 #[inline]
 pub(crate) fn deliver(queue: &Queue, record: &Record) {
     let queue = ptr::from_ref(queue).cast();
@@ -86,11 +87,11 @@ pub(crate) fn deliver(queue: &Queue, record: &Record) {
     unsafe { uverbs_mmu_notify_deliver(queue, ptr::from_ref(record).cast()) }
 }
 
-/// An MR, of which `events_reported` records were delivered, is not watched any more.
+/// A watch was stopped, after `delivered` events of it had been delivered.
 #[inline]
-pub(crate) fn detach(queue: &Queue, cookie: u64, events_reported: u32) {
+pub(crate) fn stop(queue: &Queue, cookie: u64, delivered: u32) {
     let queue = ptr::from_ref(queue).cast();
 
     // SAFETY: Always safe to call.
-    unsafe { uverbs_mmu_notify_detach(queue, cookie, events_reported) }
+    unsafe { uverbs_mmu_notify_stop(queue, cookie, delivered) }
 }
