@@ -122,9 +122,6 @@ impl Buffer for IovIterDest<'_> {
     }
 
     fn fault_in(&mut self, count: usize) -> Result<usize> {
-        if current!().fatal_signal_pending() {
-            return Err(EINTR);
-        }
         match self.fault_in_writeable(count * size_of::<Record>()) / size_of::<Record>() {
             0 => Err(EFAULT),
             count => Ok(count),

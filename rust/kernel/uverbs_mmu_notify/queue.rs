@@ -215,10 +215,9 @@ pub(crate) trait Buffer {
     /// Called with the lock of the queue held: must neither sleep nor take a page fault.
     fn copy(&mut self, records: &[Record]) -> Result;
 
-    /// Makes room for the next `count` records writable after [`Self::copy`] has failed.
+    /// Faults in the memory for the next `count` records, after [`Self::copy`] has failed.
     ///
-    /// Returns for how many it did, at least one. Fails with `EFAULT` if it cannot, and with
-    /// `EINTR` if the task is being killed. May sleep.
+    /// Returns for how many it did, at least one. Fails with `EFAULT` if it cannot. May sleep.
     fn fault_in(&mut self, count: usize) -> Result<usize>;
 
     /// Returns whether a signal is pending, and lets other tasks run. May sleep.
