@@ -341,6 +341,16 @@ impl Queue {
         }
     }
 
+    /// Wakes another reader if events are left.
+    ///
+    /// One was woken when the queue became readable, maybe the caller, which is about to do
+    /// something else.
+    fn pass_on(&self) {
+        if self.ready.load(Relaxed) == READABLE {
+            self.wake();
+        }
+    }
+
     /// Sleeps until an event is queued or the queue is closed. The lock is released meanwhile.
     ///
     /// May wake up spuriously. Fails with `ERESTARTSYS` if a signal is pending and there is still
@@ -378,10 +388,7 @@ impl Queue {
         let mut done = 0;
         let result = self.read_batches(max, nonblock, buffer, &mut done);
 
-        // One reader was woken when the queue became readable, maybe this one: pass it on.
-        if self.ready.load(Relaxed) == READABLE {
-            self.wake();
-        }
+        self.pass_on();
         if done != 0 {
             Ok(done)
         } else {
@@ -438,6 +445,8 @@ impl Queue {
                 Err(_) if faults == MAX_FAULTS => return Err(EFAULT),
                 Err(count) => {
                     faults += 1;
+                    // May take for ever.
+                    self.pass_on();
                     room = buffer.fault_in(count)?;
                 }
             }
