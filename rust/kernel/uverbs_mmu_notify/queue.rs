@@ -422,7 +422,7 @@ impl Queue {
                 }
                 drop(reader);
                 self.wait(inner)?;
-                room = BATCH;
+                (room, faults) = (BATCH, 0);
                 continue;
             }
 
