@@ -23,7 +23,7 @@
 //! Counting the invalidations of a range of the current process that may concern more than the
 //! protection of its pages:
 //!
-//! ```no_run
+//! ```
 //! use core::ops::Range;
 //! use kernel::{
 //!     mm::interval_notifier::{

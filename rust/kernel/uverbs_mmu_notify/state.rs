@@ -133,11 +133,6 @@ impl Region {
         })
     }
 
-    /// Returns the addresses, the end not included.
-    pub(crate) fn range(&self) -> Range<usize> {
-        self.start..self.end
-    }
-
     /// Returns the binary logarithm of the size of a unit in bytes.
     fn unit_shift(&self) -> usize {
         let mut shift = PAGE_SHIFT;
