@@ -145,8 +145,8 @@ impl Event {
 
 /// The event and the range of an invalidation.
 ///
-/// Wraps [`struct mmu_notifier_range`]. The range may reach beyond that of the notifier. Whether the
-/// invalidation may sleep is not exposed: a callback must never sleep.
+/// Wraps [`struct mmu_notifier_range`]. The range may reach beyond that of the notifier. Whether
+/// the invalidation may sleep is not exposed: a callback must never sleep.
 ///
 /// [`struct mmu_notifier_range`]: srctree/include/linux/mmu_notifier.h
 #[repr(transparent)]
@@ -343,8 +343,8 @@ impl<T: IntervalNotifierCallback> Registration<T> {
 
         // SAFETY:
         // - `inner` is a valid object, and the notifier in it is pinned because an `Arc` is.
-        // - It is not in a tree: the object was in a `UniqueArc`, while an object in a tree is in an
-        //   `Arc` that a `Registration` owns.
+        // - It is not in a tree: the object was in a `UniqueArc`, while an object in a tree is in
+        //   an `Arc` that a `Registration` owns.
         // - `mm_users` is not zero by the type invariants of `MmWithUser`.
         // - `ops` is static, and `invalidate()` expects a notifier in a `T`.
         to_result(unsafe {

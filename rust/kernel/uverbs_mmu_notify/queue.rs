@@ -16,10 +16,10 @@
 //!
 //! - [`Queue::reader`]: held while events are copied out, by one task at a time; not while it waits
 //!   for events or faults in its buffer. Keeps concurrent readers away from the next lock.
-//! - [`Queue::inner`]: also protects the [`State`] of each watch of the queue. Taken by the callback
-//!   of the notifier. Nothing sleeps, allocates or frees memory under it.
-//! - The lock of the wait queue. A reader takes it under `inner` before it sleeps. Waiters are woken
-//!   without `inner`.
+//! - [`Queue::inner`]: also protects the [`State`] of each watch of the queue. Taken by the
+//!   callback of the notifier. Nothing sleeps, allocates or frees memory under it.
+//! - The lock of the wait queue. A reader takes it under `inner` before it sleeps. Waiters are
+//!   woken without `inner`.
 //!
 //! # References
 //!
@@ -183,8 +183,8 @@ pub(crate) struct Watch {
     queue: Arc<Queue>,
     /// The pending event, a [`Pending`].
     ///
-    /// It changes to and from [`Pending::NONE`] only under the lock of the queue. Other changes only
-    /// add to the event.
+    /// It changes to and from [`Pending::NONE`] only under the lock of the queue. Other changes
+    /// only add to the event.
     pending: Atomic<u64>,
     region: Region,
     cookie: u64,

@@ -2,8 +2,8 @@
 
 //! Tracepoints that show why a registration was invalidated.
 //!
-//! `include/trace/events/ib_uverbs_mmu_notify.h` describes their fields. All run without the lock of
-//! the queue, so that those of different tasks may be out of order.
+//! `include/trace/events/ib_uverbs_mmu_notify.h` describes their fields. All run without the lock
+//! of the queue, so those of different tasks may be out of order.
 
 use super::{
     queue::Queue,
