@@ -1,73 +1,111 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The rules of the kernel that no type expresses, and what tests can see and do besides.
+//! Checks kernel rules that types cannot express (no sleeping or allocating under a spinlock), and
+//! hooks for the tests.
 //!
 //! A model runs all of its threads, in turn, on one thread of the operating system, so that a
 //! thread-local variable of the latter is common to them. Threads change only in operations of
 //! loom, none of which is called while the variable is borrowed.
 
-use crate::sync::poll::WaitQueue;
+use crate::{
+    error::{Error, Result},
+    sync::poll::WaitQueue, //
+};
 use loom::thread::{self, ThreadId};
 use std::{
     cell::RefCell,
     collections::BTreeSet,
+    fmt::Debug,
     rc::Rc,
-    sync::{Arc, Mutex, Weak},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     thread::panicking, //
 };
 
 #[derive(Default)]
-struct World {
-    /// Who holds a spinlock.
-    holders: Vec<ThreadId>,
+struct ModelState {
+    /// Threads that hold a spinlock.
+    atomic: Vec<ThreadId>,
+    /// Threads that hold a mutex.
+    mutex: Vec<ThreadId>,
     /// How many allocations have not been freed.
     live: usize,
     /// How many more allocations succeed, if not all.
     allocations: Option<usize>,
+    notifier_error: Option<Error>,
+    deferred: usize,
     wakeups: usize,
     wait_queues: Vec<Weak<WaitQueue>>,
     asleep: Option<Rc<dyn Fn()>>,
+    /// Threads that are killed when they wake up.
+    doomed: Vec<ThreadId>,
+    killed: Vec<ThreadId>,
 }
 
 thread_local! {
-    static WORLD: RefCell<World> = RefCell::default();
+    static STATE: RefCell<ModelState> = RefCell::default();
 }
 
-fn with<R>(f: impl FnOnce(&mut World) -> R) -> R {
-    WORLD.with(|world| f(&mut world.borrow_mut()))
+fn with<R>(f: impl FnOnce(&mut ModelState) -> R) -> R {
+    STATE.with(|state| f(&mut state.borrow_mut()))
 }
 
-/// Runs `f` in every order of its threads that matters, or those with at most `preemptions`
-/// preemptions, and returns its different results.
-///
-/// All that `f` allocates has to be freed in the end.
-pub fn model<R: Ord + Send + 'static>(
+fn run<R: Ord + Send + 'static>(
     preemptions: Option<usize>,
     f: impl Fn() -> R + Send + Sync + 'static,
-) -> BTreeSet<R> {
+) -> (BTreeSet<R>, usize) {
     let results = Arc::new(Mutex::new(BTreeSet::new()));
     let inserted = results.clone();
+    let interleavings = Arc::new(AtomicUsize::new(0));
+    let counted = interleavings.clone();
     let mut builder = loom::model::Builder::new();
 
     builder.preemption_bound = preemptions;
     builder.max_branches = 20_000;
     builder.check(move || {
-        with(|world| *world = World::default());
+        counted.fetch_add(1, Relaxed);
+        with(|state| *state = ModelState::default());
 
         let result = f();
 
         assert_eq!(live(), 0, "something leaked");
-        assert!(with(|world| world.holders.is_empty()));
+        assert!(with(
+            |state| state.atomic.is_empty() && state.mutex.is_empty()
+        ));
         inserted.lock().unwrap().insert(result);
     });
-    Arc::into_inner(results).unwrap().into_inner().unwrap()
+    (
+        Arc::into_inner(results).unwrap().into_inner().unwrap(),
+        interleavings.load(Relaxed),
+    )
+}
+
+/// Runs `f` in every order of its threads that matters, or those with at most `preemptions`
+/// preemptions, and returns its different results.
+///
+/// All that `f` allocates has to be freed in the end. Prints how many orders there were.
+pub fn model<R: Debug + Ord + Send + 'static>(
+    preemptions: Option<usize>,
+    f: impl Fn() -> R + Send + Sync + 'static,
+) -> BTreeSet<R> {
+    let (results, interleavings) = run(preemptions, f);
+    let thread = std::thread::current();
+
+    println!(
+        "model {}: {interleavings} interleavings, {}, results {results:?}",
+        thread.name().unwrap_or("?"),
+        preemptions.map_or("all".into(), |n| format!("at most {n} preemptions")),
+    );
+    results
 }
 
 /// Runs `f`, which has no threads, once.
 pub fn sequential(f: impl Fn() + Send + Sync + 'static) {
     let f = Arc::new(f);
 
-    model(None, move || {
+    run(None, move || {
         let f = f.clone();
         // The first thread of a model has a stack of a few pages.
         let thread = thread::Builder::new()
@@ -80,27 +118,37 @@ pub fn sequential(f: impl Fn() + Send + Sync + 'static) {
 
 /// Returns how many allocations have not been freed.
 pub fn live() -> usize {
-    with(|world| world.live)
+    with(|state| state.live)
 }
 
 /// Lets allocations fail after some more have succeeded, or never.
 pub fn limit_allocations(allocations: Option<usize>) {
-    with(|world| world.allocations = allocations);
+    with(|state| state.allocations = allocations);
+}
+
+/// Lets insertions of notifiers, and their preparation, fail with `error`.
+pub fn fail_notifiers(error: Option<Error>) {
+    with(|state| state.notifier_error = error);
+}
+
+/// Returns how many insertions of notifiers have been deferred.
+pub fn deferred() -> usize {
+    with(|state| state.deferred)
 }
 
 /// Returns how often waiters have been woken, whether there were any or not.
 pub fn wakeups() -> usize {
-    with(|world| world.wakeups)
+    with(|state| state.wakeups)
 }
 
 /// Calls `f` instead of switching to another thread when one goes to sleep on a wait queue.
 pub fn while_asleep(f: Option<Rc<dyn Fn()>>) {
-    with(|world| world.asleep = f);
+    with(|state| state.asleep = f);
 }
 
-/// Lets a thread have a signal pending, or not any more. Wakes it up if it sleeps on a wait queue.
+/// Sets or clears a pending signal of a thread. Wakes it up if it sleeps on a wait queue.
 pub fn set_signal_pending(thread: ThreadId, pending: bool) {
-    let queues = with(|world| world.wait_queues.clone());
+    let queues = with(|state| state.wait_queues.clone());
 
     queues
         .iter()
@@ -108,11 +156,18 @@ pub fn set_signal_pending(thread: ThreadId, pending: bool) {
         .for_each(|queue| queue.set_signal_pending(thread, pending));
 }
 
+/// Kills the current thread when it wakes up from a wait queue the next time.
+pub fn kill_on_wakeup() {
+    let current = thread::current().id();
+
+    with(|state| state.doomed.push(current));
+}
+
 /// Returns whether the current thread holds a spinlock.
 pub fn in_atomic() -> bool {
     let current = thread::current().id();
 
-    with(|world| world.holders.contains(&current))
+    with(|state| state.atomic.contains(&current))
 }
 
 /// Panics if the current thread holds a spinlock.
@@ -122,32 +177,89 @@ pub fn might_sleep() {
     assert!(panicking() || !in_atomic(), "under a spinlock");
 }
 
-pub(crate) fn locked() {
-    let current = thread::current().id();
-
-    with(|world| world.holders.push(current));
+/// Panics if the current thread holds a spinlock or a mutex.
+#[track_caller]
+pub fn might_sleep_long() {
+    might_sleep();
+    assert!(panicking() || !holds_mutex(), "with a mutex");
 }
 
-pub(crate) fn unlocked() {
-    if panicking() {
-        return;
-    }
+fn holds_mutex() -> bool {
     let current = thread::current().id();
 
-    with(|world| world.holders.retain(|holder| *holder != current));
+    with(|state| state.mutex.contains(&current))
+}
+
+/// A kind of lock that a thread holds at most one of.
+pub(crate) enum Held {
+    Spinlock,
+    Mutex,
+}
+
+impl Held {
+    fn threads(self, state: &mut ModelState) -> &mut Vec<ThreadId> {
+        match self {
+            Self::Spinlock => &mut state.atomic,
+            Self::Mutex => &mut state.mutex,
+        }
+    }
+
+    pub(crate) fn locked(self) {
+        let current = thread::current().id();
+
+        with(|state| self.threads(state).push(current));
+    }
+
+    pub(crate) fn unlocked(self) {
+        if panicking() {
+            return;
+        }
+        let current = thread::current().id();
+
+        with(|state| self.threads(state).retain(|holder| *holder != current));
+    }
 }
 
 pub(crate) fn woken() {
     might_sleep();
-    with(|world| world.wakeups += 1);
+    with(|state| state.wakeups += 1);
+}
+
+/// Returns whether the current thread, which has woken up, is killed.
+pub(crate) fn killed_on_wakeup() -> bool {
+    let current = thread::current().id();
+
+    with(|state| {
+        let doomed = state.doomed.contains(&current);
+
+        if doomed {
+            state.killed.push(current);
+        }
+        doomed
+    })
+}
+
+/// Returns whether the current thread has been killed.
+pub(crate) fn killed() -> bool {
+    let current = thread::current().id();
+
+    with(|state| state.killed.contains(&current))
 }
 
 pub(crate) fn new_wait_queue(queue: &Arc<WaitQueue>) {
-    with(|world| world.wait_queues.push(Arc::downgrade(queue)));
+    with(|state| state.wait_queues.push(Arc::downgrade(queue)));
 }
 
 pub(crate) fn sleep_hook() -> Option<Rc<dyn Fn()>> {
-    with(|world| world.asleep.clone())
+    with(|state| state.asleep.clone())
+}
+
+pub(crate) fn notifier_result() -> Result {
+    with(|state| state.notifier_error).map_or(Ok(()), Err)
+}
+
+pub(crate) fn insertion_deferred() {
+    with(|state| state.deferred += 1);
 }
 
 /// One allocation.
@@ -156,13 +268,13 @@ pub(crate) struct Allocation(());
 impl Allocation {
     pub(crate) fn new() -> Result<Self, crate::alloc::AllocError> {
         might_sleep();
-        with(|world| {
-            match &mut world.allocations {
+        with(|state| {
+            match &mut state.allocations {
                 Some(0) => return Err(crate::alloc::AllocError),
                 Some(left) => *left -= 1,
                 None => {}
             }
-            world.live += 1;
+            state.live += 1;
             Ok(Self(()))
         })
     }
@@ -171,6 +283,6 @@ impl Allocation {
 impl Drop for Allocation {
     fn drop(&mut self) {
         might_sleep();
-        with(|world| world.live -= 1);
+        with(|state| state.live -= 1);
     }
 }

@@ -2,8 +2,8 @@
 
 //! As much of the `kernel` crate as `state.rs` and `queue.rs` need, on the primitives of loom.
 //!
-//! Where the kernel states a rule, this checks it; see [`check`]. Everything here only works
-//! inside of [`check::model`].
+//! Rules of the kernel are checked, see [`check`]. Everything here only works inside of
+//! [`check::model`].
 
 pub mod alloc;
 pub mod check;
@@ -19,7 +19,7 @@ pub mod bindings {
 }
 
 pub mod error {
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
     pub struct Error(i32);
 
     pub type Result<T = (), E = Error> = core::result::Result<T, E>;
@@ -55,7 +55,8 @@ pub mod fs {
 }
 
 pub mod page {
-    pub const PAGE_SIZE: usize = 4096;
+    pub const PAGE_SHIFT: usize = 12;
+    pub const PAGE_SIZE: usize = 1 << PAGE_SHIFT;
     pub const PAGE_MASK: usize = !(PAGE_SIZE - 1);
 
     pub fn page_align(addr: usize) -> Option<usize> {

@@ -19,18 +19,34 @@ struct Node {
     callback: Callback,
 }
 
-/// `struct notifier_subscriptions`.
-#[derive(Default)]
+/// What is done when the last invalidation ends.
+enum Deferred {
+    Insert(Node),
+    Remove(usize),
+}
+
+/// `struct mmu_notifier_subscriptions`.
 struct Tree {
-    /// Odd while the nodes may not change. Then additions are deferred, and removals wait.
+    /// Odd while the nodes may not change. Then changes are deferred.
     seq: usize,
     active: usize,
     last_id: usize,
     nodes: Vec<Node>,
-    deferred: Vec<Node>,
+    deferred: Vec<Deferred>,
+    /// The tree itself. There is none before the first insertion or preparation.
+    allocation: Option<Allocation>,
 }
 
-/// Where notifiers are, as long as there is a reference: `struct mm_struct`.
+impl Tree {
+    fn prepare(&mut self) -> Result {
+        if self.allocation.is_none() {
+            self.allocation = Some(Allocation::new()?);
+        }
+        Ok(())
+    }
+}
+
+/// Keeps the notifiers until the last reference is dropped: `struct mm_struct`.
 pub struct Mm {
     this: Weak<Self>,
     tree: Mutex<Tree>,
@@ -43,7 +59,7 @@ impl Mm {
         self.this.upgrade().unwrap()
     }
 
-    /// Calls back all whose range has a part of `range`, then makes the `change` itself.
+    /// Calls back the nodes that overlap with `range`, then makes the `change` itself.
     pub fn invalidate(&self, event: Event, range: Range<usize>, change: impl FnOnce()) {
         let callbacks: Vec<Callback> = {
             let mut tree = self.tree.lock().unwrap();
@@ -72,39 +88,58 @@ impl Mm {
         tree.active -= 1;
         if tree.active == 0 && tree.seq % 2 == 1 {
             tree.seq += 1;
-            let mut deferred = core::mem::take(&mut tree.deferred);
-
-            tree.nodes.append(&mut deferred);
+            for change in core::mem::take(&mut tree.deferred) {
+                match change {
+                    Deferred::Insert(node) => tree.nodes.push(node),
+                    Deferred::Remove(id) => tree.nodes.retain(|node| node.id != id),
+                }
+            }
             self.seq_changed.notify_all();
         }
     }
 
-    /// Returns the identity of the new node, and the sequence number to wait for the end of.
-    fn insert(&self, range: Range<usize>, callback: Callback) -> (usize, Option<usize>) {
+    /// Like `mmu_notifier_register()` without a subscription.
+    fn prepare(&self) -> Result {
         check::might_sleep();
+        check::notifier_result()?;
+
+        self.tree.lock().unwrap().prepare()
+    }
+
+    /// Returns the identity of the new node, and the sequence number to wait for the end of.
+    ///
+    /// The kernel, to wait, compares with what the last callback has stored. That only adds waits
+    /// for invalidations that have called back.
+    fn insert(&self, range: Range<usize>, callback: Callback) -> Result<(usize, Option<usize>)> {
+        check::might_sleep();
+        check::notifier_result()?;
 
         let mut tree = self.tree.lock().unwrap();
-        let id = tree.last_id + 1;
+
+        tree.prepare()?;
+        tree.last_id += 1;
+
+        let id = tree.last_id;
         let node = Node {
             id,
             range,
             callback,
         };
 
-        tree.last_id = id;
         if tree.seq % 2 == 1 {
-            tree.deferred.push(node);
+            check::insertion_deferred();
+            tree.deferred.push(Deferred::Insert(node));
         } else {
             tree.nodes.push(node);
             if tree.active != 0 {
-                tree.seq += 1;
+                tree.seq |= 1;
             }
         }
-        (id, (tree.active != 0).then_some(tree.seq))
+        Ok((id, (tree.active != 0).then_some(tree.seq)))
     }
 
     fn wait_while(&self, seq: usize) {
-        check::might_sleep();
+        check::might_sleep_long();
 
         let mut tree = self.tree.lock().unwrap();
 
@@ -114,19 +149,28 @@ impl Mm {
     }
 
     fn remove(&self, id: usize) {
-        check::might_sleep();
+        check::might_sleep_long();
 
         let mut tree = self.tree.lock().unwrap();
 
-        while tree.seq % 2 == 1 {
-            tree = self.seq_changed.wait(tree).unwrap();
+        if tree.seq % 2 == 0 {
+            tree.nodes.retain(|node| node.id != id);
+            return;
         }
 
-        let position = tree.nodes.iter().position(|node| node.id == id).unwrap();
-        let node = tree.nodes.remove(position);
+        let is_inserted =
+            |change: &Deferred| matches!(change, Deferred::Insert(node) if node.id == id);
+
+        if let Some(position) = tree.deferred.iter().position(is_inserted) {
+            tree.deferred.remove(position);
+            return;
+        }
+        tree.deferred.push(Deferred::Remove(id));
+
+        let seq = tree.seq;
 
         drop(tree);
-        drop(node);
+        self.wait_while(seq);
     }
 }
 
@@ -138,7 +182,14 @@ impl MmWithUser {
     pub fn new() -> Self {
         Self(Arc::new_cyclic(|this| Mm {
             this: this.clone(),
-            tree: Mutex::default(),
+            tree: Mutex::new(Tree {
+                seq: 2,
+                active: 0,
+                last_id: 0,
+                nodes: Vec::new(),
+                deferred: Vec::new(),
+                allocation: None,
+            }),
             seq_changed: Condvar::new(),
             _allocation: Allocation::new().unwrap(),
         }))
@@ -154,7 +205,7 @@ impl Deref for MmWithUser {
 }
 
 pub mod interval_notifier {
-    use super::{Allocation, Arc, Mm, MmWithUser, Range, Result, check};
+    use super::{Arc, Mm, MmWithUser, Range, Result, check};
     use crate::sync::{self, ArcBorrow, UniqueArc};
     use core::{convert::Infallible, marker::PhantomData, pin::Pin};
     use pinned_init::PinInit;
@@ -235,7 +286,7 @@ pub mod interval_notifier {
             let (id, in_flight) = mm.insert(
                 range,
                 Arc::new(move |invalidation| T::invalidate(called.as_arc_borrow(), invalidation)),
-            );
+            )?;
 
             Ok(Self {
                 object,
@@ -271,10 +322,8 @@ pub mod interval_notifier {
         }
     }
 
-    pub fn prepare(_: &MmWithUser) -> Result {
-        // Makes, and removes, an object of its own.
-        Allocation::new()?;
-        Ok(())
+    pub fn prepare(mm: &MmWithUser) -> Result {
+        mm.prepare()
     }
 }
 

@@ -10,9 +10,6 @@ use crate::{
 use core::{ops::Deref, pin::Pin};
 use pinned_init::PinInit;
 
-#[doc(inline)]
-pub use lock::SpinLock;
-
 pub mod aref {
     use super::Deref;
     use crate::mm::Mm;
@@ -35,31 +32,101 @@ pub mod aref {
 }
 
 pub mod atomic {
-    use loom::sync::atomic::{AtomicU64, Ordering};
+    use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+    /// A barrier on both sides. What loom has instead orders less.
+    pub struct Full;
     pub struct Acquire;
     pub struct Release;
+    pub struct Relaxed;
 
-    pub struct Atomic<T>(AtomicU64, core::marker::PhantomData<T>);
+    pub trait AnyOrdering {
+        const ORDERING: Ordering;
+    }
 
-    impl Atomic<u64> {
-        // `loom` has to know each value.
-        #[allow(clippy::new_without_default)]
-        pub fn new(value: u64) -> Self {
-            Self(AtomicU64::new(value), core::marker::PhantomData)
+    macro_rules! ordering {
+        ($($name:ident => $ordering:ident),*) => {
+            $(impl AnyOrdering for $name {
+                const ORDERING: Ordering = Ordering::$ordering;
+            })*
+        };
+    }
+    ordering!(Full => AcqRel, Acquire => Acquire, Release => Release, Relaxed => Relaxed);
+
+    pub trait AcquireOrRelaxed: AnyOrdering {}
+    impl AcquireOrRelaxed for Acquire {}
+    impl AcquireOrRelaxed for Relaxed {}
+
+    pub trait ReleaseOrRelaxed: AnyOrdering {}
+    impl ReleaseOrRelaxed for Release {}
+    impl ReleaseOrRelaxed for Relaxed {}
+
+    pub trait AtomicType: Copy {
+        type Atomic;
+
+        fn new(self) -> Self::Atomic;
+        fn load(atomic: &Self::Atomic, ordering: Ordering) -> Self;
+        fn store(self, atomic: &Self::Atomic, ordering: Ordering);
+        fn xchg(self, atomic: &Self::Atomic, ordering: Ordering) -> Self;
+        fn cmpxchg(self, new: Self, atomic: &Self::Atomic, o: Ordering) -> Result<Self, Self>;
+    }
+
+    macro_rules! atomic {
+        ($($type:ty => $atomic:ty),*) => {
+            $(impl AtomicType for $type {
+                type Atomic = $atomic;
+
+                fn new(self) -> $atomic {
+                    <$atomic>::new(self)
+                }
+
+                fn load(atomic: &$atomic, ordering: Ordering) -> $type {
+                    atomic.load(ordering)
+                }
+
+                fn store(self, atomic: &$atomic, ordering: Ordering) {
+                    atomic.store(self, ordering);
+                }
+
+                fn xchg(self, atomic: &$atomic, ordering: Ordering) -> $type {
+                    atomic.swap(self, ordering)
+                }
+
+                fn cmpxchg(self, new: $type, atomic: &$atomic, o: Ordering) -> Result<$type, $type> {
+                    atomic.compare_exchange(self, new, o, Ordering::Relaxed)
+                }
+            })*
+        };
+    }
+    atomic!(u32 => AtomicU32, u64 => AtomicU64);
+
+    pub struct Atomic<T: AtomicType>(T::Atomic);
+
+    impl<T: AtomicType> Atomic<T> {
+        pub fn new(value: T) -> Self {
+            Self(value.new())
         }
 
-        pub fn load(&self, _: Acquire) -> u64 {
-            self.0.load(Ordering::Acquire)
+        pub fn load<O: AcquireOrRelaxed>(&self, _: O) -> T {
+            T::load(&self.0, O::ORDERING)
         }
 
-        pub fn store(&self, value: u64, _: Release) {
-            self.0.store(value, Ordering::Release);
+        pub fn store<O: ReleaseOrRelaxed>(&self, value: T, _: O) {
+            value.store(&self.0, O::ORDERING);
+        }
+
+        pub fn xchg<O: AnyOrdering>(&self, new: T, _: O) -> T {
+            new.xchg(&self.0, O::ORDERING)
+        }
+
+        /// Orders only if it succeeds.
+        pub fn cmpxchg<O: AnyOrdering>(&self, old: T, new: T, _: O) -> Result<T, T> {
+            old.cmpxchg(new, &self.0, O::ORDERING)
         }
     }
 }
 
-/// A reference that is counted, and is not given up under a spinlock if it is the last.
+/// A counted reference. The last one must not be dropped under a spinlock.
 pub struct Arc<T>(loom::sync::Arc<VBox<T>>);
 
 impl<T> Arc<T> {
@@ -149,29 +216,85 @@ macro_rules! new_spinlock {
     };
 }
 
+#[macro_export]
+macro_rules! new_mutex {
+    ($value:expr, $name:literal) => {
+        $crate::sync::Mutex::new($value)
+    };
+}
+
+pub type SpinLock<T> = lock::Lock<T, lock::spinlock::SpinLockBackend>;
+pub type Mutex<T> = lock::Lock<T, lock::mutex::MutexBackend>;
+
 pub mod lock {
-    use super::{Deref, PinInit, check};
+    use super::{Deref, PinInit, Result, check};
+    use crate::error::code::EINTR;
     use core::{cell::UnsafeCell, convert::Infallible, marker::PhantomData, ops::DerefMut};
 
-    pub mod spinlock {
-        pub struct SpinLockBackend;
+    pub trait Backend {
+        /// Checks that the current thread may take the lock.
+        fn check();
+        fn locked();
+        fn unlocked();
     }
 
-    /// A leaf: a thread holds one at most.
-    pub struct SpinLock<T> {
+    pub mod spinlock {
+        use crate::check::{self, Held};
+
+        pub struct SpinLockBackend;
+
+        impl super::Backend for SpinLockBackend {
+            /// A leaf: a thread holds one at most.
+            fn check() {
+                check::might_sleep();
+            }
+
+            fn locked() {
+                Held::Spinlock.locked();
+            }
+
+            fn unlocked() {
+                Held::Spinlock.unlocked();
+            }
+        }
+    }
+
+    pub mod mutex {
+        use crate::check::{self, Held};
+
+        pub struct MutexBackend;
+
+        impl super::Backend for MutexBackend {
+            fn check() {
+                check::might_sleep_long();
+            }
+
+            fn locked() {
+                Held::Mutex.locked();
+            }
+
+            fn unlocked() {
+                Held::Mutex.unlocked();
+            }
+        }
+    }
+
+    pub struct Lock<T, B> {
         mutex: loom::sync::Mutex<()>,
         data: UnsafeCell<T>,
+        _backend: PhantomData<B>,
     }
 
-    // SAFETY: Only who holds the mutex has a reference to the data.
-    unsafe impl<T: Send> Sync for SpinLock<T> {}
+    // SAFETY: Only the holder of the mutex has a reference to the data.
+    unsafe impl<T: Send, B> Sync for Lock<T, B> {}
 
-    impl<T> SpinLock<T> {
+    impl<T, B: Backend> Lock<T, B> {
         #[allow(clippy::new_ret_no_self)]
         pub fn new(value: T) -> impl PinInit<Self, Infallible> {
             Self {
                 mutex: loom::sync::Mutex::new(()),
                 data: UnsafeCell::new(value),
+                _backend: PhantomData,
             }
         }
 
@@ -179,11 +302,10 @@ pub mod lock {
             self.data.get()
         }
 
-        pub fn lock(&self) -> Guard<'_, T, spinlock::SpinLockBackend> {
+        pub fn lock(&self) -> Guard<'_, T, B> {
             let mut guard = Guard {
                 lock: self,
                 held: None,
-                _backend: PhantomData,
             };
 
             guard.acquire();
@@ -191,21 +313,30 @@ pub mod lock {
         }
     }
 
-    pub struct Guard<'a, T, B> {
-        lock: &'a SpinLock<T>,
-        held: Option<loom::sync::MutexGuard<'a, ()>>,
-        _backend: PhantomData<B>,
+    impl<T> Lock<T, mutex::MutexBackend> {
+        /// Fails if the thread has been killed, also where the kernel's would not have to wait.
+        pub fn lock_killable(&self) -> Result<Guard<'_, T, mutex::MutexBackend>> {
+            if check::killed() {
+                return Err(EINTR);
+            }
+            Ok(self.lock())
+        }
     }
 
-    impl<T, B> Guard<'_, T, B> {
+    pub struct Guard<'a, T, B: Backend> {
+        lock: &'a Lock<T, B>,
+        held: Option<loom::sync::MutexGuard<'a, ()>>,
+    }
+
+    impl<T, B: Backend> Guard<'_, T, B> {
         fn acquire(&mut self) {
-            check::might_sleep();
+            B::check();
             self.held = Some(self.lock.mutex.lock().unwrap());
-            check::locked();
+            B::locked();
         }
 
         fn release(&mut self) {
-            check::unlocked();
+            B::unlocked();
             self.held = None;
         }
 
@@ -216,22 +347,22 @@ pub mod lock {
         }
     }
 
-    impl<T, B> Drop for Guard<'_, T, B> {
+    impl<T, B: Backend> Drop for Guard<'_, T, B> {
         fn drop(&mut self) {
             self.release();
         }
     }
 
-    impl<T, B> Deref for Guard<'_, T, B> {
+    impl<T, B: Backend> Deref for Guard<'_, T, B> {
         type Target = T;
 
         fn deref(&self) -> &T {
-            // SAFETY: The mutex is held, but in `do_unlocked()`, which borrows mutably.
+            // SAFETY: The mutex is held, except in `do_unlocked()`, which borrows mutably.
             unsafe { &*self.lock.data.get() }
         }
     }
 
-    impl<T, B> DerefMut for Guard<'_, T, B> {
+    impl<T, B: Backend> DerefMut for Guard<'_, T, B> {
         fn deref_mut(&mut self) -> &mut T {
             // SAFETY: As above, and `self` is borrowed mutably.
             unsafe { &mut *self.lock.data.get() }
@@ -247,7 +378,7 @@ pub struct LockedBy<T, U> {
 
 // SAFETY: The pointer is only compared with others.
 unsafe impl<T: Send, U> Send for LockedBy<T, U> {}
-// SAFETY: Only who has a reference to the owner can get one to the data, of the same kind.
+// SAFETY: Access to the data takes a reference to the owner, of the same kind.
 unsafe impl<T: Send + Sync, U> Sync for LockedBy<T, U> {}
 
 impl<T, U> LockedBy<T, U> {
@@ -272,60 +403,153 @@ impl<T, U> LockedBy<T, U> {
 }
 
 pub mod poll {
-    use super::{Deref, check, lock::Guard};
-    use crate::{alloc::AllocError, check::Allocation, fs::File};
+    use super::{
+        Deref, check,
+        lock::{Backend, Guard},
+    };
+    use crate::{
+        alloc::{AllocError, Flags},
+        check::Allocation,
+        fs::File, //
+    };
     use loom::{
-        sync::{Condvar, Mutex},
+        sync::{
+            Condvar,
+            Mutex,
+            MutexGuard,
+            atomic::{AtomicUsize, Ordering, fence}, //
+        },
         thread::{self, ThreadId}, //
     };
     use std::{
         cell::RefCell,
+        collections::VecDeque,
         ffi::CStr,
         sync::Arc, //
     };
 
+    /// A thread that waits exclusively.
+    struct Sleeper {
+        thread: ThreadId,
+        woken: Condvar,
+    }
+
     #[derive(Default)]
     struct Waiters {
+        sleepers: VecDeque<Arc<Sleeper>>,
+        /// How often pollers have been woken.
         wakeups: usize,
-        /// Who has a signal pending. Only those that use this queue are known.
+        /// Threads with a pending signal. Only those that use this queue matter.
         signals: Vec<ThreadId>,
+    }
+
+    impl Waiters {
+        fn signal_pending(&self) -> bool {
+            self.signals.contains(&thread::current().id())
+        }
     }
 
     /// `struct wait_queue_head`.
     pub struct WaitQueue {
         waiters: Mutex<Waiters>,
-        changed: Condvar,
+        pollers_woken: Condvar,
+        /// How many are waiting, for readers without the lock.
+        count: AtomicUsize,
     }
 
     impl WaitQueue {
+        fn lock(&self) -> MutexGuard<'_, Waiters> {
+            self.waiters.lock().unwrap()
+        }
+
         fn wakeups(&self) -> usize {
-            self.waiters.lock().unwrap().wakeups
+            self.lock().wakeups
         }
 
-        fn signal_pending(&self) -> bool {
-            let current = thread::current().id();
-
-            self.waiters.lock().unwrap().signals.contains(&current)
+        /// Counts another waiter. As in the kernel, what the waiter tests is loaded after that.
+        fn add(&self, _: &mut Waiters) {
+            self.count.fetch_add(1, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
         }
 
-        /// Waits for more wake-ups than `seen`, or a signal.
-        fn wait(&self, seen: usize) {
-            let current = thread::current().id();
-            let mut waiters = self.waiters.lock().unwrap();
+        fn remove(&self, _: &mut Waiters) {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
 
-            while waiters.wakeups == seen && !waiters.signals.contains(&current) {
-                waiters = self.changed.wait(waiters).unwrap();
+        /// Like `prepare_to_wait_exclusive()`.
+        fn prepare_to_wait(&self) -> Arc<Sleeper> {
+            let sleeper = Arc::new(Sleeper {
+                thread: thread::current().id(),
+                woken: Condvar::new(),
+            });
+            let mut waiters = self.lock();
+
+            waiters.sleepers.push_back(sleeper.clone());
+            self.add(&mut waiters);
+            sleeper
+        }
+
+        /// Waits for a wake-up of `sleeper` or a signal. Returns whether a signal is pending.
+        fn sleep(&self, sleeper: &Arc<Sleeper>) -> bool {
+            let mut waiters = self.lock();
+
+            loop {
+                let position = waiters
+                    .sleepers
+                    .iter()
+                    .position(|other| Arc::ptr_eq(other, sleeper));
+                let Some(position) = position else {
+                    return waiters.signal_pending();
+                };
+                if waiters.signal_pending() {
+                    waiters.sleepers.remove(position);
+                    self.remove(&mut waiters);
+                    return true;
+                }
+                waiters = sleeper.woken.wait(waiters).unwrap();
+            }
+        }
+
+        /// Wakes all pollers, and the `exclusive` sleepers that were first to come.
+        ///
+        /// One with a pending signal that has not left yet counts. This is so in the kernel while it
+        /// has not seen the signal; later the next one would be woken instead.
+        fn wake(&self, exclusive: usize) {
+            check::woken();
+
+            let mut waiters = self.lock();
+
+            waiters.wakeups += 1;
+            self.pollers_woken.notify_all();
+            for _ in 0..exclusive.min(waiters.sleepers.len()) {
+                let sleeper = waiters.sleepers.pop_front().unwrap();
+
+                self.remove(&mut waiters);
+                sleeper.woken.notify_one();
+            }
+        }
+
+        /// Waits for more wake-ups of pollers than `seen`.
+        fn wait_polling(&self, seen: usize) {
+            let mut waiters = self.lock();
+
+            while waiters.wakeups == seen {
+                waiters = self.pollers_woken.wait(waiters).unwrap();
             }
         }
 
         pub(crate) fn set_signal_pending(&self, thread: ThreadId, pending: bool) {
-            let mut waiters = self.waiters.lock().unwrap();
+            let mut waiters = self.lock();
 
             waiters.signals.retain(|signal| *signal != thread);
             if pending {
                 waiters.signals.push(thread);
+                waiters
+                    .sleepers
+                    .iter()
+                    .filter(|sleeper| sleeper.thread == thread)
+                    .for_each(|sleeper| sleeper.woken.notify_one());
             }
-            self.changed.notify_all();
         }
     }
 
@@ -335,11 +559,12 @@ pub mod poll {
     }
 
     impl PollCondVarBox {
-        pub fn new(_: &'static CStr, _key: ()) -> Result<Self, AllocError> {
+        pub fn new(_: &'static CStr, _key: (), _: Flags) -> Result<Self, AllocError> {
             let allocation = Allocation::new()?;
             let queue = Arc::new(WaitQueue {
                 waiters: Mutex::new(Waiters::default()),
-                changed: Condvar::new(),
+                pollers_woken: Condvar::new(),
+                count: AtomicUsize::new(0),
             });
 
             check::new_wait_queue(&queue);
@@ -350,24 +575,31 @@ pub mod poll {
         }
 
         /// Like the kernel's, is on the queue before it releases the lock.
-        pub fn wait_interruptible<T, B>(&self, guard: &mut Guard<'_, T, B>) -> bool {
-            let seen = self.queue.wakeups();
+        pub fn wait_interruptible<T, B: Backend>(&self, guard: &mut Guard<'_, T, B>) -> bool {
+            let sleeper = self.queue.prepare_to_wait();
+            let mut signal_pending = false;
 
             guard.do_unlocked(|| {
-                check::might_sleep();
+                check::might_sleep_long();
                 if let Some(hook) = check::sleep_hook() {
                     hook();
-                    assert!(self.queue.wakeups() != seen || self.queue.signal_pending());
                 }
-                self.queue.wait(seen);
+                signal_pending = self.queue.sleep(&sleeper);
             });
-            self.queue.signal_pending()
+            check::killed_on_wakeup() || signal_pending
+        }
+
+        pub fn has_waiters(&self) -> bool {
+            fence(Ordering::SeqCst);
+            self.queue.count.load(Ordering::Relaxed) != 0
+        }
+
+        pub fn notify_one(&self) {
+            self.queue.wake(1);
         }
 
         pub fn notify_all(&self) {
-            check::woken();
-            self.queue.waiters.lock().unwrap().wakeups += 1;
-            self.queue.changed.notify_all();
+            self.queue.wake(usize::MAX);
         }
     }
 
@@ -395,7 +627,7 @@ pub mod poll {
         /// Sleeps until there has been a wake-up since the registration or the last call.
         pub fn wait(&self) {
             for (queue, seen) in self.waits.borrow_mut().iter_mut() {
-                queue.wait(*seen);
+                queue.wait_polling(*seen);
                 *seen = queue.wakeups();
             }
         }
@@ -405,14 +637,17 @@ pub mod poll {
     pub struct PollTable<'a>(Option<&'a Poller>);
 
     impl PollTable<'_> {
-        /// What a poll method gets that only is to tell what is ready.
+        /// Passed to a poll method that only has to return what is ready.
         pub const NULL: Self = Self(None);
 
         pub fn register_wait(&self, _: &File, cv: &PollCondVarBox) {
             check::might_sleep();
             if let Some(poller) = self.0 {
-                let seen = cv.queue.wakeups();
+                let mut waiters = cv.queue.lock();
+                let seen = waiters.wakeups;
 
+                cv.queue.add(&mut waiters);
+                drop(waiters);
                 poller.waits.borrow_mut().push((cv.queue.clone(), seen));
             }
         }
