@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Operations at the same time, in every order that matters.
+//! Concurrent operations, in every order that matters.
 //!
-//! Each model says which outcomes there have to be, so that it does not pass by never getting
-//! where it looks.
+//! Each model states its possible results, so that it cannot pass by not reaching the interesting
+//! states. A lost wake-up ends a model in a deadlock, which loom reports.
 
 use crate::{
-    generation,
+    Generation,
     queue::{self, Buffer, Queue, Watch},
     state::Record, //
 };
@@ -25,33 +25,51 @@ use kernel::{
     },
 };
 use loom::{
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    sync::atomic::{
+        AtomicBool,
+        AtomicU64,
+        AtomicUsize,
+        Ordering::{Acquire, Relaxed, Release, SeqCst}, //
+    },
     thread::{self, JoinHandle}, //
 };
 use std::{collections::BTreeSet, ops::Range, sync};
 
 const PAGE: usize = 4096;
-/// Two MRs, whose cookies are their indices.
-const MRS: [Range<usize>; 2] = [PAGE..2 * PAGE, 3 * PAGE..4 * PAGE];
+/// Two MRs of two pages, whose cookies are their indices.
+const MRS: [Range<usize>; 2] = [2 * PAGE..4 * PAGE, 6 * PAGE..8 * PAGE];
 
-/// What the threads of a model have in common. No operation of loom is spent on sharing it.
-struct Shared {
-    mm: MmWithUser,
-    queue: Arc<Queue>,
+const READABLE: u32 = POLLIN | POLLRDNORM;
+
+fn first_page(mr: usize) -> Range<usize> {
+    MRS[mr].start..MRS[mr].start + PAGE
 }
 
-impl Shared {
+fn last_page(mr: usize) -> Range<usize> {
+    MRS[mr].end - PAGE..MRS[mr].end
+}
+
+/// What the threads of a model have in common. No operation of loom is spent on sharing it.
+struct Setup {
+    mm: MmWithUser,
+    queue: Arc<Queue>,
+    generation: Generation,
+}
+
+impl Setup {
     fn new() -> sync::Arc<Self> {
         let mm = MmWithUser::new();
+        let queue = Queue::new(&mm).unwrap();
 
         sync::Arc::new(Self {
-            queue: Queue::new(&mm).unwrap(),
+            generation: Generation::new(&queue),
+            queue,
             mm,
         })
     }
 
-    fn watch(&self, mr: usize) -> Registration<Watch> {
-        Watch::new(
+    fn start(&self, mr: usize) -> Registration<Watch> {
+        Watch::start(
             self.queue.as_arc_borrow(),
             &self.mm,
             MRS[mr].clone(),
@@ -61,14 +79,18 @@ impl Shared {
     }
 
     fn live(&self, mr: usize) -> Registration<Watch> {
-        let watch = self.watch(mr);
+        let watch = self.start(mr);
 
-        watch.object().as_arc_borrow().go_live();
+        go_live(&watch);
         watch
     }
 
-    fn unmap(&self, mr: usize) {
-        self.mm.invalidate(Event::UNMAP, MRS[mr].clone(), || ());
+    fn unmap(&self, range: Range<usize>) {
+        self.mm.invalidate(Event::UNMAP, range, || ());
+    }
+
+    fn unmap_mr(&self, mr: usize) {
+        self.unmap(MRS[mr].clone());
     }
 
     fn read(&self, max: usize, nonblock: bool) -> (Result<usize>, Vec<Record>) {
@@ -77,86 +99,152 @@ impl Shared {
         (self.queue.read(max, nonblock, &mut sink), sink.records)
     }
 
+    /// Reads until `EAGAIN`, as the contract demands.
     fn drain(&self) -> Vec<Record> {
-        self.read(usize::MAX, true).1
+        let mut sink = Sink::default();
+
+        while let Ok(count) = self.queue.read(usize::MAX, true, &mut sink) {
+            assert_ne!(count, 0);
+        }
+        sink.records
     }
 }
 
+fn go_live(watch: &Registration<Watch>) {
+    watch.object().as_arc_borrow().go_live();
+}
+
 fn spawn<R: Send + 'static>(
-    shared: &sync::Arc<Shared>,
-    f: impl FnOnce(&Shared) -> R + Send + 'static,
+    setup: &sync::Arc<Setup>,
+    f: impl FnOnce(&Setup) -> R + Send + 'static,
 ) -> JoinHandle<R> {
     fn is_send<T: Send>(value: T) -> T {
         value
     }
-    let shared = shared.clone();
+    let setup = setup.clone();
 
     // Unlike that of `std`, the function of loom does not ask for it.
-    thread::spawn(is_send(move || f(&shared)))
+    thread::spawn(is_send(move || f(&setup)))
 }
 
-/// A buffer that faults at most once.
+/// What a buffer does when it is to be faulted in.
+#[derive(Default)]
+enum Fault {
+    #[default]
+    None,
+    /// Lets the next copy succeed.
+    Once,
+    Always(Error),
+    /// Does not return until the flag is set.
+    Until(sync::Arc<Flag>),
+}
+
+/// Userspace's buffer, and its thread.
 #[derive(Default)]
 struct Sink {
     records: Vec<Record>,
-    fault: bool,
-    /// Cookies below this must not come any more.
-    detached: Option<sync::Arc<AtomicUsize>>,
+    fault: Fault,
+    /// Cookies below this must not come again.
+    stopped: Option<sync::Arc<AtomicUsize>>,
 }
 
 impl Buffer for Sink {
     fn copy(&mut self, records: &[Record]) -> Result {
         assert!(check::in_atomic());
-        if self.fault {
+        if !matches!(self.fault, Fault::None) {
             return Err(EFAULT);
         }
-        let detached = self
-            .detached
+        let stopped = self
+            .stopped
             .as_ref()
-            .map_or(0, |detached| detached.load(SeqCst));
+            .map_or(0, |stopped| stopped.load(SeqCst));
 
-        assert!(
-            records
-                .iter()
-                .all(|record| record.cookie >= detached as u64)
-        );
+        assert!(records.iter().all(|record| record.cookie >= stopped as u64));
         self.records.extend(records);
         Ok(())
     }
 
-    fn make_ready(&mut self, count: usize, _again: bool) -> Result<usize> {
-        check::might_sleep();
-        self.fault = false;
+    fn fault_in(&mut self, count: usize) -> Result<usize> {
+        check::might_sleep_long();
+        match &self.fault {
+            Fault::Always(error) => return Err(*error),
+            Fault::Until(flag) => flag.wait(),
+            Fault::None | Fault::Once => (),
+        }
+        self.fault = Fault::None;
         Ok(count)
+    }
+
+    fn interrupted(&self) -> bool {
+        check::might_sleep_long();
+        false
     }
 }
 
-/// The count of a deregistration is that of the records copied out, none of them later.
-fn detach_counts(fault: bool) {
+/// Something to wait for.
+struct Flag {
+    set: loom::sync::Mutex<bool>,
+    changed: loom::sync::Condvar,
+}
+
+impl Flag {
+    fn new() -> sync::Arc<Self> {
+        sync::Arc::new(Self {
+            set: loom::sync::Mutex::new(false),
+            changed: loom::sync::Condvar::new(),
+        })
+    }
+
+    fn set(&self) {
+        *self.set.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) {
+        let mut set = self.set.lock().unwrap();
+
+        while !*set {
+            set = self.changed.wait(set).unwrap();
+        }
+    }
+}
+
+/// Returns the smallest span that covers those of all `records`.
+fn covered(records: &[Record]) -> Range<usize> {
+    let start = records.iter().map(|record| record.start).min().unwrap();
+    let end = records.iter().map(|record| record.end).max().unwrap();
+
+    start as usize..end as usize
+}
+
+/// G5: the count of a deregistration is that of the events copied out, none of them later.
+/// G4: a fault loses nothing.
+fn stop_counts(faults: bool) {
     let results = check::model(None, move || {
-        let shared = Shared::new();
-        let watch = shared.live(0);
-        let detached = sync::Arc::new(AtomicUsize::new(0));
-        let hit = spawn(&shared, |shared| shared.unmap(0));
+        let setup = Setup::new();
+        let watch = setup.live(0);
+        let stopped = sync::Arc::new(AtomicUsize::new(0));
+        let unmap = spawn(&setup, |setup| setup.unmap_mr(0));
         let mut sink = Sink {
-            records: Vec::new(),
-            fault,
-            detached: Some(detached.clone()),
+            fault: if faults { Fault::Once } else { Fault::None },
+            stopped: Some(stopped.clone()),
+            ..Sink::default()
         };
-        let read = spawn(&shared, move |shared| {
-            let result = shared.queue.read(4, true, &mut sink);
+        let read = spawn(&setup, move |setup| {
+            let result = setup.queue.read(4, true, &mut sink);
 
             (result, sink.records)
         });
-        let count = queue::detach(watch);
+        let count = queue::stop(watch);
 
-        detached.store(1, SeqCst);
-        hit.join().unwrap();
+        stopped.store(1, SeqCst);
+        unmap.join().unwrap();
         let (result, records) = read.join().unwrap();
 
         assert_eq!(records.len(), count as usize);
         assert_eq!(result, if count == 0 { Err(EAGAIN) } else { Ok(1) });
-        assert_eq!(shared.drain(), []);
+        assert_eq!(setup.drain(), []);
+        assert_eq!(setup.queue.poll(&File, PollTable::NULL), 0);
         count
     });
 
@@ -164,326 +252,782 @@ fn detach_counts(fault: bool) {
 }
 
 #[test]
-fn hit_read_detach() {
-    detach_counts(false);
+fn invalidate_read_stop() {
+    stop_counts(false);
 }
 
 #[test]
-fn hit_faulting_read_detach() {
-    detach_counts(true);
+fn invalidate_faulting_read_stop() {
+    stop_counts(true);
 }
 
-/// A read after a hit is over returns its record, and the counter is at least the record's.
-#[test]
-fn hits_merge_and_count_up() {
-    let results = check::model(Some(3), || {
-        let shared = Shared::new();
-        let watch = shared.live(0);
-        let hits = [0, 1].map(|_| spawn(&shared, |shared| shared.unmap(0)));
-        let mut last = 0;
-        let mut records = shared.drain();
+/// G1, G4: whatever merges, every page that changed is in an event.
+/// G2: the generation advances once per event, which has its value.
+fn invalidations_merge(preemptions: usize, fault: fn() -> Fault) {
+    let results = check::model(Some(preemptions), move || {
+        let setup = Setup::new();
+        let watch = setup.live(0);
+        let unmaps =
+            [first_page, last_page].map(|page| spawn(&setup, move |setup| setup.unmap(page(0))));
+        let mut sink = Sink {
+            fault: fault(),
+            ..Sink::default()
+        };
+        let result = setup.queue.read(4, true, &mut sink);
+        let mut records = sink.records;
 
-        for record in &records {
-            last = record.generation;
-            assert!(generation(&shared.queue) >= last);
-        }
-        hits.into_iter().for_each(|hit| hit.join().unwrap());
+        assert_eq!(
+            result,
+            if records.is_empty() {
+                Err(EAGAIN)
+            } else {
+                Ok(records.len())
+            }
+        );
+        assert!(setup.generation.load() >= records.len() as u64);
+        unmaps.into_iter().for_each(|unmap| unmap.join().unwrap());
+        records.extend(setup.drain());
 
-        let rest = shared.drain();
+        let generations = records.iter().map(|record| record.generation);
 
-        assert!(rest.iter().all(|record| record.generation > last));
-        records.extend(rest);
-        assert_eq!(records.last().unwrap().generation, 2);
-        assert_eq!(generation(&shared.queue), 2);
-        assert_eq!(queue::detach(watch) as usize, records.len());
+        assert!(generations.eq(1..=records.len() as u64));
+        assert_eq!(setup.generation.load(), records.len() as u64);
+        assert_eq!(covered(&records), MRS[0]);
+        assert_eq!(queue::stop(watch) as usize, records.len());
         records.len()
     });
 
     assert_eq!(results, BTreeSet::from([1, 2]));
 }
 
-/// A blocked reader wakes up for a hit. Otherwise the model ends in a deadlock.
 #[test]
-fn hit_wakes_reader() {
-    let results = check::model(None, || {
-        let shared = Shared::new();
-        let watch = shared.live(0);
-        let read = spawn(&shared, |shared| shared.read(4, false));
+fn invalidate_invalidate_read() {
+    invalidations_merge(3, || Fault::None);
+}
 
-        shared.unmap(0);
+#[test]
+fn invalidate_invalidate_faulting_read() {
+    invalidations_merge(2, || Fault::Once);
+}
+
+/// What a cache in userspace does: the reader publishes, look-ups compare.
+#[derive(Default)]
+struct Cache {
+    stale: AtomicBool,
+    applied: AtomicU64,
+}
+
+impl Cache {
+    /// Reads until `EAGAIN`, marks, publishes: as the only reader.
+    fn apply(&self, setup: &Setup) -> usize {
+        let generation = setup.generation.load();
+
+        if generation == self.applied.load(Relaxed) {
+            return 0;
+        }
+        let records = setup.drain();
+        let newest = records.last().map_or(0, |record| record.generation);
+
+        for _ in &records {
+            self.stale.store(true, Relaxed);
+        }
+        self.applied.store(generation.max(newest), Release);
+        records.len()
+    }
+
+    /// Returns whether a look-up finds an entry that it takes for good.
+    fn hits(&self, setup: &Setup) -> bool {
+        let generation = setup.generation.load();
+
+        generation == self.applied.load(Acquire) && !self.stale.load(Relaxed)
+    }
+}
+
+/// G2: after an invalidation has returned, a look-up finds the generation ahead of what the reader
+/// has applied, or the entry stale. This also holds for an invalidation that merges.
+///
+/// The second invalidation is the `last` one: of pages that the first one covers, or not.
+fn no_stale_hit(last: fn() -> Range<usize>, born_stale: bool) {
+    let results = check::model(Some(3), move || {
+        let setup = Setup::new();
+        let cache = sync::Arc::new(Cache::default());
+        let watch = setup.start(0);
+
+        if !born_stale {
+            go_live(&watch);
+        }
+        let other = spawn(&setup, |setup| setup.unmap(first_page(0)));
+        let read = {
+            let cache = cache.clone();
+
+            spawn(&setup, move |setup| cache.apply(setup))
+        };
+
+        if born_stale {
+            go_live(&watch);
+        }
+        setup.unmap(last());
+        assert!(!cache.hits(&setup), "a stale entry is used");
+        other.join().unwrap();
+        assert!(!cache.hits(&setup), "a stale entry is used");
+
+        let read = read.join().unwrap();
+        let merged = setup.generation.load() == 1;
+        let rest = setup.drain().len();
+
+        assert_eq!(queue::stop(watch) as usize, read + rest);
+        (read, merged)
+    });
+
+    assert_eq!(
+        results,
+        BTreeSet::from([(0, true), (1, false), (1, true), (2, false)])
+    );
+}
+
+#[test]
+fn no_stale_hit_after_covered_invalidation() {
+    no_stale_hit(|| first_page(0), false);
+}
+
+#[test]
+fn no_stale_hit_after_merged_invalidation() {
+    no_stale_hit(|| last_page(0), false);
+}
+
+#[test]
+fn no_stale_hit_if_born_stale() {
+    no_stale_hit(|| last_page(0), true);
+}
+
+/// G2: `EAGAIN`, which takes no lock, is only returned after all events up to a generation that the
+/// reader has seen.
+#[test]
+fn generation_leads_to_event() {
+    let results = check::model(None, || {
+        let setup = Setup::new();
+        let watches = [setup.live(0), setup.live(1)];
+        let unmaps = spawn(&setup, |setup| {
+            setup.unmap_mr(0);
+            setup.unmap_mr(1);
+        });
+        let seen = setup.generation.load() as usize;
+        let records = setup.drain();
+
+        assert!(records.len() >= seen);
+        for (i, record) in records.iter().enumerate() {
+            assert_eq!((record.cookie, record.generation), (i as u64, i as u64 + 1));
+        }
+        unmaps.join().unwrap();
+        assert_eq!(setup.drain().len() + records.len(), 2);
+        assert_eq!(watches.map(queue::stop), [1, 1]);
+        seen
+    });
+
+    assert_eq!(results, BTreeSet::from([0, 1, 2]));
+}
+
+/// An event wakes a blocked reader.
+#[test]
+fn event_wakes_reader() {
+    let results = check::model(None, || {
+        let setup = Setup::new();
+        let watch = setup.live(0);
+        let read = spawn(&setup, |setup| setup.read(4, false));
+
+        setup.unmap_mr(0);
 
         let (result, records) = read.join().unwrap();
 
         assert_eq!(result, Ok(1));
         assert_eq!(records[0].generation, 1);
-        assert_eq!(queue::detach(watch), 1);
+        assert_eq!(queue::stop(watch), 1);
         check::wakeups()
     });
 
     assert_eq!(results, BTreeSet::from([0, 1]));
 }
 
-/// Two blocked readers get a record each, whoever is woken by which hit.
+/// Two blocked readers get an event each, though the second one wakes nobody.
 #[test]
-fn hits_wake_readers() {
+fn events_wake_readers() {
     let results = check::model(Some(2), || {
-        let shared = Shared::new();
-        let watches = [shared.live(0), shared.live(1)];
-        let reads = [0, 1].map(|_| spawn(&shared, |shared| shared.read(1, false)));
+        let setup = Setup::new();
+        let watches = [setup.live(0), setup.live(1)];
+        let reads = [0, 1].map(|_| spawn(&setup, |setup| setup.read(1, false)));
 
-        shared.unmap(0);
-        shared.unmap(1);
+        setup.unmap(0..usize::MAX);
 
         let mut cookies = reads.map(|read| read.join().unwrap().1[0].cookie);
 
         cookies.sort_unstable();
         assert_eq!(cookies, [0, 1]);
-        assert_eq!(watches.map(queue::detach), [1, 1]);
+        assert_eq!(watches.map(queue::stop), [1, 1]);
         check::wakeups()
     });
 
     assert_eq!(results, BTreeSet::from([0, 1, 2]));
 }
 
-/// A signal ends a blocked read, but no record is lost by it.
+/// Of two readers, `first` may fail when it is woken. Then the other one gets the event.
+///
+/// Returns the results of `first`.
+fn failing_reader(
+    first: impl Fn(&Setup) -> Result<usize> + Copy + Send + Sync + 'static,
+) -> BTreeSet<Option<Error>> {
+    check::model(Some(3), move || {
+        let setup = Setup::new();
+        let watches = [setup.live(0), setup.live(1)];
+        let delivered = Flag::new();
+        let read = |read: &dyn Fn(&Setup) -> Result<usize>, setup: &Setup, delivered: &Flag| {
+            let result = read(setup);
+
+            if result.is_ok() {
+                delivered.set();
+            }
+            result
+        };
+        let first = {
+            let delivered = delivered.clone();
+
+            spawn(&setup, move |setup| read(&first, setup, &delivered))
+        };
+        let other = {
+            let delivered = delivered.clone();
+
+            spawn(&setup, move |setup| {
+                read(&|setup| setup.read(1, false).0, setup, &delivered)
+            })
+        };
+
+        setup.unmap_mr(0);
+        delivered.wait();
+        // For the one that has got nothing.
+        setup.unmap_mr(1);
+
+        let first = first.join().unwrap();
+
+        assert_eq!(other.join().unwrap(), Ok(1));
+        assert_eq!(setup.drain().len(), usize::from(first.is_err()));
+        assert_eq!(watches.map(queue::stop), [1, 1]);
+        first.err()
+    })
+}
+
+/// A reader that is killed after it was woken passes the event on.
 #[test]
-fn signal_interrupts_reader() {
-    let results = check::model(None, || {
-        let shared = Shared::new();
-        let watch = shared.live(0);
-        let read = spawn(&shared, |shared| shared.read(4, false));
+fn killed_reader_passes_on() {
+    let results = failing_reader(|setup| {
+        check::kill_on_wakeup();
+        setup.read(1, false).0
+    });
+
+    assert_eq!(
+        results,
+        BTreeSet::from([None, Some(EINTR), Some(ERESTARTSYS)])
+    );
+}
+
+/// A reader whose buffer cannot be written to passes the event on.
+#[test]
+fn faulting_reader_passes_on() {
+    let results = failing_reader(|setup| {
+        let mut sink = Sink {
+            fault: Fault::Always(EFAULT),
+            ..Sink::default()
+        };
+
+        setup.queue.read(1, false, &mut sink)
+    });
+
+    assert_eq!(results, BTreeSet::from([Some(EFAULT)]));
+}
+
+/// A signal ends a blocked read, but loses no event, and no wake-up of another reader.
+#[test]
+fn interrupted_reader_passes_on() {
+    let results = check::model(Some(2), || {
+        let setup = Setup::new();
+        let watches = [setup.live(0), setup.live(1)];
+        let read = spawn(&setup, |setup| setup.read(1, false));
+        let other = spawn(&setup, |setup| setup.read(1, false));
         let reader = read.thread().id();
         let signal = thread::spawn(move || check::set_signal_pending(reader, true));
 
-        shared.unmap(0);
+        setup.unmap_mr(0);
         signal.join().unwrap();
 
-        let (result, mut records) = read.join().unwrap();
+        let (result, _) = read.join().unwrap();
 
-        if records.is_empty() {
-            assert_eq!(result, Err(ERESTARTSYS));
-            records = shared.drain();
+        if result.is_ok() {
+            setup.unmap_mr(1);
         }
-        assert_eq!(records.len(), 1);
-        assert_eq!(queue::detach(watch), 1);
-        result.is_ok()
+        assert_eq!(other.join().unwrap().0, Ok(1));
+        assert_eq!(watches.map(queue::stop), [1, u32::from(result.is_ok())]);
+        result.err()
     });
 
-    assert_eq!(results, BTreeSet::from([false, true]));
+    assert_eq!(results, BTreeSet::from([None, Some(ERESTARTSYS)]));
+}
+
+/// G6: while a reader faults in its buffer, which can take for ever, another one gets the event.
+#[test]
+fn stuck_reader_delays_nobody() {
+    let results = check::model(Some(2), || {
+        let setup = Setup::new();
+        let watches = [setup.live(0), setup.live(1)];
+        let done = Flag::new();
+        let stuck = {
+            let done = done.clone();
+
+            spawn(&setup, move |setup| {
+                let mut sink = Sink {
+                    fault: Fault::Until(done),
+                    ..Sink::default()
+                };
+
+                setup.queue.read(1, false, &mut sink)
+            })
+        };
+        let other = spawn(&setup, |setup| setup.read(1, false));
+
+        setup.unmap_mr(0);
+        assert_eq!(other.join().unwrap().0, Ok(1));
+        setup.unmap_mr(1);
+        done.set();
+        assert_eq!(stuck.join().unwrap(), Ok(1));
+        assert_eq!(watches.map(queue::stop), [1, 1]);
+        check::wakeups()
+    });
+
+    assert_eq!(results, BTreeSet::from([0, 1, 2]));
+}
+
+/// G4: concurrent readers share the events, each in order.
+#[test]
+fn readers_share() {
+    let results = check::model(Some(3), || {
+        let setup = Setup::new();
+        let watches = [setup.live(0), setup.live(1)];
+
+        setup.unmap_mr(0);
+        setup.unmap_mr(1);
+
+        let read = spawn(&setup, |setup| setup.drain());
+        let mut records = setup.drain();
+        let seen = records.len();
+        let others = read.join().unwrap();
+
+        for records in [&records, &others] {
+            assert!(records.is_sorted_by_key(|record| record.generation));
+        }
+        records.extend(others);
+        records.sort_unstable_by_key(|record| record.generation);
+
+        let cookies = records.iter().map(|record| record.cookie);
+
+        assert!(cookies.eq([0, 1]));
+        assert_eq!(watches.map(queue::stop), [1, 1]);
+        seen
+    });
+
+    assert_eq!(results, BTreeSet::from([0, 2]));
 }
 
 /// Polls as poll() does: registers, tests, and sleeps until a wake-up to test again.
-fn poll(shared: &Shared) -> u32 {
+fn poll(setup: &Setup) -> u32 {
     let poller = Poller::default();
-    let mut mask = shared.queue.poll(&File, poller.table());
+    let mut mask = setup.queue.poll(&File, poller.table());
 
     if mask == 0 {
         poller.wait();
-        mask = shared.queue.poll(&File, PollTable::NULL);
+        mask = setup.queue.poll(&File, PollTable::NULL);
     }
     mask
 }
 
 #[test]
-fn hit_wakes_poller() {
+fn event_wakes_poller() {
     let results = check::model(None, || {
-        let shared = Shared::new();
-        let watch = shared.live(0);
-        let polled = spawn(&shared, poll);
+        let setup = Setup::new();
+        let watch = setup.live(0);
+        let polled = spawn(&setup, poll);
 
-        shared.unmap(0);
-        assert_eq!(polled.join().unwrap(), POLLIN | POLLRDNORM);
-        assert_eq!(shared.drain().len(), 1);
-        assert_eq!(queue::detach(watch), 1);
+        setup.unmap_mr(0);
+        assert_eq!(polled.join().unwrap(), READABLE);
+        assert_eq!(setup.drain().len(), 1);
+        assert_eq!(queue::stop(watch), 1);
         check::wakeups()
     });
 
     assert_eq!(results, BTreeSet::from([0, 1]));
 }
 
-/// Whoever has drained the queue to a short count is woken by the next hit: epoll's edge.
+/// One event wakes a poller as well as a blocked reader.
 #[test]
-fn hit_wakes_poller_after_drain() {
-    let results = check::model(None, || {
-        let shared = Shared::new();
-        let watch = shared.live(0);
-        let edge = spawn(&shared, |shared| {
+fn event_wakes_poller_and_reader() {
+    check::model(Some(2), || {
+        let setup = Setup::new();
+        let watch = setup.live(0);
+        let polled = spawn(&setup, |setup| {
             let poller = Poller::default();
-            let mut seen = Vec::new();
 
-            shared.queue.poll(&File, poller.table());
+            // The reader may be faster.
+            if setup.queue.poll(&File, poller.table()) == 0 && setup.generation.load() == 0 {
+                poller.wait();
+            }
+        });
+        let read = spawn(&setup, |setup| setup.read(1, false).0);
+
+        setup.unmap_mr(0);
+        assert_eq!(read.join().unwrap(), Ok(1));
+        polled.join().unwrap();
+        assert_eq!(queue::stop(watch), 1);
+    });
+}
+
+/// After a drain until `EAGAIN` the next event wakes a poller: epoll's edge.
+#[test]
+fn event_after_drain_wakes_poller() {
+    let results = check::model(Some(3), || {
+        let setup = Setup::new();
+        let watches = [setup.live(0), setup.live(1)];
+        let edge = spawn(&setup, |setup| {
+            let poller = Poller::default();
+            let mut seen = 0;
+
+            setup.queue.poll(&File, poller.table());
             loop {
-                seen.extend(shared.drain());
-                if seen
-                    .last()
-                    .is_some_and(|record: &Record| record.generation == 2)
-                {
-                    return seen.len();
+                seen += setup.drain().len();
+                if seen == 2 {
+                    return;
                 }
                 poller.wait();
             }
         });
 
-        shared.unmap(0);
-        shared.unmap(0);
-
-        let seen = edge.join().unwrap();
-
-        assert_eq!(queue::detach(watch) as usize, seen);
-        seen
+        setup.unmap_mr(0);
+        setup.unmap_mr(1);
+        edge.join().unwrap();
+        assert_eq!(watches.map(queue::stop), [1, 1]);
+        check::wakeups()
     });
 
-    assert_eq!(results, BTreeSet::from([1, 2]));
+    assert_eq!(results, BTreeSet::from([0, 1, 2, 3]));
+}
+
+/// A stop that empties the queue does not take the edge, or the wake-up, of a later event.
+#[test]
+fn event_after_stop_wakes_reader() {
+    let results = check::model(Some(2), || {
+        let setup = Setup::new();
+        let watches = [setup.live(0), setup.live(1)];
+        let reads = [0, 1].map(|_| spawn(&setup, |setup| setup.read(1, false).0));
+
+        setup.unmap_mr(0);
+
+        let [first, second] = watches;
+        let count = queue::stop(first);
+
+        setup.unmap_mr(1);
+        if count == 0 {
+            // Only one of them has got an event.
+            setup.queue.close();
+        }
+        let mut results = reads.map(|read| read.join().unwrap());
+
+        results.sort_unstable_by_key(Result::is_err);
+        if count == 1 {
+            assert_eq!(results, [Ok(1), Ok(1)]);
+        } else {
+            assert!(results == [Ok(1), Err(EIO)] || results == [Err(EIO), Err(EIO)]);
+        }
+        (count, queue::stop(second))
+    });
+
+    assert_eq!(results, BTreeSet::from([(0, 0), (0, 1), (1, 1)]));
 }
 
 #[test]
-fn close_ends_reader_and_poller() {
-    check::model(Some(3), || {
-        let shared = Shared::new();
-        let read = spawn(&shared, |shared| shared.read(4, false).0);
-        let polled = spawn(&shared, poll);
+fn close_ends_readers_and_poller() {
+    check::model(Some(2), || {
+        let setup = Setup::new();
+        let reads = [0, 1].map(|_| spawn(&setup, |setup| setup.read(4, false).0));
+        let polled = spawn(&setup, poll);
 
-        shared.queue.close();
-        assert_eq!(read.join().unwrap(), Err(EIO));
+        setup.queue.close();
+        assert_eq!(reads.map(|read| read.join().unwrap()), [Err(EIO); 2]);
         assert_eq!(polled.join().unwrap(), POLLERR);
-        assert_eq!(generation(&shared.queue), 1);
+        assert_eq!(setup.generation.load(), 1);
     });
 }
 
-/// After a close there is no delivery, and what was delivered before is counted.
+/// G8: after a close there is no delivery. G5: what was delivered before is counted.
 #[test]
-fn close_hit_read() {
+fn close_invalidate_read() {
     let results = check::model(None, || {
-        let shared = Shared::new();
-        let watch = shared.live(0);
-        let hit = spawn(&shared, |shared| shared.unmap(0));
-        let read = spawn(&shared, |shared| shared.read(4, true));
+        let setup = Setup::new();
+        let watch = setup.live(0);
+        let unmap = spawn(&setup, |setup| setup.unmap_mr(0));
+        let read = spawn(&setup, |setup| setup.read(4, true));
 
-        shared.queue.close();
+        setup.queue.close();
 
-        let at_close = generation(&shared.queue);
+        let at_close = setup.generation.load();
 
-        assert_eq!(shared.read(4, true), (Err(EIO), Vec::new()));
-        hit.join().unwrap();
-        assert_eq!(generation(&shared.queue), at_close);
+        assert_eq!(setup.read(4, true), (Err(EIO), Vec::new()));
+        unmap.join().unwrap();
+        assert_eq!(setup.generation.load(), at_close);
 
-        let count = queue::detach(watch);
+        let count = queue::stop(watch);
 
         assert_eq!(read.join().unwrap().1.len(), count as usize);
+        assert_eq!(setup.queue.poll(&File, PollTable::NULL), POLLERR);
         count
     });
 
     assert_eq!(results, BTreeSet::from([0, 1]));
 }
 
-/// An MR whose pages change after they have been pinned is never live without a report.
+/// G8: a watch that goes live while its queue is closed queues its event before or not at all.
+#[test]
+fn close_go_live() {
+    let results = check::model(None, || {
+        let setup = Setup::new();
+        let watch = setup.start(0);
+        let polled = spawn(&setup, poll);
+
+        setup.unmap_mr(0);
+
+        let close = spawn(&setup, |setup| setup.queue.close());
+
+        go_live(&watch);
+        close.join().unwrap();
+        assert!(matches!(polled.join().unwrap(), READABLE | POLLERR));
+        assert_eq!(setup.read(4, false).0, Err(EIO));
+        assert_eq!(queue::stop(watch), 0);
+        assert_eq!(setup.queue.poll(&File, PollTable::NULL), POLLERR);
+        setup.generation.load()
+    });
+
+    assert_eq!(results, BTreeSet::from([1, 2]));
+}
+
+/// G3: the event of an MR that is born stale wakes a blocked reader and a poller.
+#[test]
+fn born_stale_wakes_reader_and_poller() {
+    let results = check::model(Some(3), || {
+        let setup = Setup::new();
+        let watch = setup.start(0);
+        let unmap = spawn(&setup, |setup| setup.unmap_mr(0));
+        let polled = spawn(&setup, |setup| {
+            let mask = poll(setup);
+
+            (mask, setup.read(1, false))
+        });
+
+        go_live(&watch);
+        unmap.join().unwrap();
+
+        let (mask, (result, records)) = polled.join().unwrap();
+
+        assert_eq!((mask, result), (READABLE, Ok(1)));
+        assert_eq!(covered(&records), MRS[0]);
+        assert_eq!(queue::stop(watch), 1);
+        check::wakeups()
+    });
+
+    assert_eq!(results, BTreeSet::from([0, 1]));
+}
+
+#[test]
+fn born_stale_wakes_blocked_reader() {
+    check::model(None, || {
+        let setup = Setup::new();
+        let watch = setup.start(0);
+        let read = spawn(&setup, |setup| setup.read(1, false).0);
+
+        setup.unmap_mr(0);
+        assert_eq!(setup.generation.load(), 0);
+        go_live(&watch);
+        assert_eq!(setup.generation.load(), 1);
+        assert_eq!(read.join().unwrap(), Ok(1));
+        assert_eq!(queue::stop(watch), 1);
+    });
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Registering {
+    Succeeds,
+    Fails,
+}
+
+/// G3: an MR whose pages change after they have been pinned is never live without an event.
+/// If the registration fails, nothing is ever delivered.
 ///
-/// If the registration `fails` instead, nothing is ever reported.
-fn registration(fails: bool) {
-    let results = check::model(None, move || {
-        let shared = Shared::new();
+/// With a `neighbour` the invalidation calls back another watch, so that the insertion of the
+/// notifier is deferred until it ends.
+fn registration(end: Registering, neighbour: bool) -> BTreeSet<(usize, usize, bool)> {
+    check::model(None, move || {
+        let setup = Setup::new();
         let pages = sync::Arc::new(AtomicUsize::new(0));
         let live = sync::Arc::new(AtomicBool::new(false));
+        let other = neighbour.then(|| setup.start(1));
         let unmap = {
             let (pages, live) = (pages.clone(), live.clone());
 
-            spawn(&shared, move |shared| {
+            spawn(&setup, move |setup| {
                 let was_live = live.load(SeqCst);
 
-                shared.mm.invalidate(Event::UNMAP, MRS[0].clone(), || {
-                    // Before the change the counter has moved, if the MR was live.
-                    assert!(!was_live || generation(&shared.queue) == 1);
+                setup.mm.invalidate(Event::UNMAP, 0..usize::MAX, || {
+                    // G2: the generation has advanced before the change, if the MR was live.
+                    assert!(!was_live || setup.generation.load() == 1);
                     pages.store(1, SeqCst);
                 });
             })
         };
-        let watch = shared.watch(0);
+        let watch = setup.start(0);
         let pinned = pages.load(SeqCst);
 
-        if fails {
-            assert_eq!(queue::detach(watch), 0);
+        let events = if end == Registering::Fails {
+            assert_eq!(queue::stop(watch), 0);
             unmap.join().unwrap();
-            assert_eq!(generation(&shared.queue), 0);
-            assert_eq!(shared.drain(), []);
-            return (pinned, 0);
-        }
-        watch.object().as_arc_borrow().go_live();
-        live.store(true, SeqCst);
-        unmap.join().unwrap();
+            assert_eq!(setup.generation.load(), 0);
+            assert_eq!(setup.drain(), []);
+            0
+        } else {
+            go_live(&watch);
+            live.store(true, SeqCst);
+            unmap.join().unwrap();
 
-        let records = shared.drain();
+            let records = setup.drain();
 
-        assert_eq!(generation(&shared.queue), records.len() as u64);
-        assert!(pinned != 0 || records.len() == 1, "stale, and not reported");
-        assert_eq!(queue::detach(watch) as usize, records.len());
-        (pinned, records.len())
-    });
+            assert_eq!(setup.generation.load(), records.len() as u64);
+            assert!(pinned != 0 || records.len() == 1, "stale without an event");
+            assert_eq!(queue::stop(watch) as usize, records.len());
+            records.len()
+        };
+
+        assert_eq!(other.map_or(0, queue::stop), 0);
+        (pinned, events, check::deferred() != 0)
+    })
+}
+
+#[test]
+fn registration_without_gap() {
+    let results = registration(Registering::Succeeds, false);
 
     assert_eq!(
         results,
-        if fails {
-            BTreeSet::from([(0, 0), (1, 0)])
-        } else {
-            BTreeSet::from([(0, 1), (1, 0), (1, 1)])
-        }
+        BTreeSet::from([(0, 1, false), (1, 0, false), (1, 1, false)])
     );
 }
 
 #[test]
-fn registration_is_without_gap() {
-    registration(false);
+fn deferred_registration_without_gap() {
+    let results = registration(Registering::Succeeds, true);
+
+    assert_eq!(
+        results,
+        BTreeSet::from([(0, 1, false), (1, 0, false), (1, 0, true), (1, 1, false)])
+    );
 }
 
 #[test]
-fn failed_registration_is_silent() {
-    registration(true);
+fn failed_registration_is_quiet() {
+    let results = registration(Registering::Fails, false);
+
+    assert_eq!(results, BTreeSet::from([(0, 0, false), (1, 0, false)]));
 }
 
-/// Whoever sees the counter of a hit finds its record, without further synchronisation.
 #[test]
-fn generation_leads_to_record() {
-    let results = check::model(None, || {
-        let shared = Shared::new();
-        let watches = [shared.live(0), shared.live(1)];
-        let hits = spawn(&shared, |shared| {
-            shared.unmap(0);
-            shared.unmap(1);
-        });
-        let seen = generation(&shared.queue) as usize;
-        let records = shared.drain();
+fn failed_deferred_registration_is_quiet() {
+    let results = registration(Registering::Fails, true);
 
-        assert!(records.len() >= seen);
-        for (i, record) in records.iter().enumerate() {
-            assert_eq!((record.cookie, record.generation), (i as u64, i as u64 + 1));
-        }
-        hits.join().unwrap();
-        assert_eq!(shared.drain().len() + records.len(), 2);
-        assert_eq!(watches.map(queue::detach), [1, 1]);
-        seen
+    assert_eq!(
+        results,
+        BTreeSet::from([(0, 0, false), (1, 0, false), (1, 0, true)])
+    );
+}
+
+/// G8: the notifier of a watch that is dropped before its deferred insertion is never called.
+///
+/// `start()` waits for the insertion, so the registration is made without it.
+#[test]
+fn drop_while_deferred() {
+    let results = check::model(Some(3), || {
+        let setup = Setup::new();
+        let other = setup.start(1);
+        let unmap = spawn(&setup, |setup| setup.unmap(0..usize::MAX));
+        let (queue, mm) = (setup.queue.as_arc_borrow(), &setup.mm);
+        let unmap_again = spawn(&setup, |setup| setup.unmap(0..usize::MAX));
+        let watch = Watch::start(queue, mm, MRS[0].clone(), 0).unwrap();
+
+        go_live(&watch);
+        drop(watch);
+        unmap.join().unwrap();
+        unmap_again.join().unwrap();
+        assert_eq!(setup.drain(), []);
+        assert_eq!(queue::stop(other), 0);
+        check::deferred() != 0
     });
 
-    assert_eq!(results, BTreeSet::from([0, 1, 2]));
+    assert_eq!(results, BTreeSet::from([false, true]));
 }
 
-/// The last references go in any order, with a record queued or not.
+/// Two queues are independent: one invalidation is an event for both.
 #[test]
-fn close_and_detach() {
+fn two_queues() {
+    let results = check::model(Some(2), || {
+        let setup = Setup::new();
+        let second = Queue::new(&setup.mm).unwrap();
+        let generation = Generation::new(&second);
+        let watch = setup.live(0);
+        let other = Watch::start(second.as_arc_borrow(), &setup.mm, MRS[0].clone(), 7).unwrap();
+
+        go_live(&other);
+
+        let read = spawn(&setup, |setup| setup.read(1, false));
+        let unmap = spawn(&setup, |setup| setup.unmap_mr(0));
+
+        second.close();
+
+        let at_close = generation.load();
+
+        unmap.join().unwrap();
+
+        let (result, records) = read.join().unwrap();
+
+        assert_eq!(result, Ok(1));
+        assert_eq!(records[0].cookie, 0);
+        assert_eq!(setup.generation.load(), 1);
+        assert_eq!(generation.load(), at_close);
+        assert_eq!([watch, other].map(queue::stop), [1, 0]);
+        at_close
+    });
+
+    assert_eq!(results, BTreeSet::from([1, 2]));
+}
+
+/// G8: the last references are dropped in any order, with an event pending or not.
+#[test]
+fn close_and_stop() {
     check::model(None, || {
         let mm = sync::Arc::new(MmWithUser::new());
         let queue = Queue::new(&mm).unwrap();
-        let watch = Watch::new(queue.as_arc_borrow(), &mm, MRS[0].clone(), 0).unwrap();
+        let watch = Watch::start(queue.as_arc_borrow(), &mm, MRS[0].clone(), 0).unwrap();
 
-        watch.object().as_arc_borrow().go_live();
+        go_live(&watch);
 
-        let hit = {
+        let unmap = {
             let mm = mm.clone();
 
             thread::spawn(move || mm.invalidate(Event::UNMAP, MRS[0].clone(), || ()))
         };
-        let close = thread::spawn(move || queue.close());
+        let close = thread::spawn(move || queue.release());
 
-        assert_eq!(queue::detach(watch), 0);
-        hit.join().unwrap();
+        assert_eq!(queue::stop(watch), 0);
+        unmap.join().unwrap();
         close.join().unwrap();
     });
 }

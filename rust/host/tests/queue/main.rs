@@ -18,25 +18,62 @@ mod state;
 mod trace {
     use crate::{queue::Queue, state::Record};
     use core::ops::Range;
-    use kernel::mm::interval_notifier::Invalidation;
+    use kernel::{check, mm::interval_notifier::Invalidation};
 
-    pub(crate) fn attach(_: &Queue, _: u64, _: &Range<usize>) {}
-    pub(crate) fn hit(_: &Queue, _: u64, _: &Invalidation, _: Option<u64>) {}
-    pub(crate) fn deliver(_: &Queue, _: &Record) {}
-    pub(crate) fn detach(_: &Queue, _: u64, _: u32) {}
+    pub(crate) fn start(_: &Queue, _: u64, _: &Range<usize>) {
+        check::might_sleep();
+    }
+
+    pub(crate) fn invalidate(_: &Queue, _: u64, _: &Invalidation, _: Option<u64>) {
+        check::might_sleep();
+    }
+
+    pub(crate) fn deliver(_: &Queue, _: &Record) {
+        check::might_sleep();
+    }
+
+    pub(crate) fn stop(_: &Queue, _: u64, _: u32) {
+        check::might_sleep();
+    }
 }
 
 mod concurrent;
 mod sequential;
 mod single;
 
-use kernel::sync::atomic::{Acquire, Atomic};
+use core::ptr::NonNull;
+use kernel::sync::{
+    Arc,
+    atomic::{Acquire, Atomic},
+};
 use queue::{CounterPage, Queue};
 
-/// Loads the counter as userspace does.
-fn generation(queue: &Queue) -> u64 {
-    let page = core::ptr::from_ref(queue.page()).cast::<u8>();
+/// The generation as userspace loads it: from the page, without a lock.
+struct Generation {
+    page: NonNull<Atomic<u64>>,
+    /// Keeps the page until it is released.
+    _queue: Arc<Queue>,
+}
 
-    // SAFETY: This is where the page has its counter, and it lives as long as the queue.
-    unsafe { &*page.add(CounterPage::GENERATION).cast::<Atomic<u64>>() }.load(Acquire)
+// SAFETY: The atomic can be loaded by any thread, and the reference can be sent.
+unsafe impl Send for Generation {}
+// SAFETY: As above.
+unsafe impl Sync for Generation {}
+
+impl Generation {
+    fn new(queue: &Arc<Queue>) -> Self {
+        let page = queue.with_page(|page| NonNull::from(page.unwrap()));
+
+        Self {
+            // SAFETY: In bounds of the page.
+            page: unsafe { page.byte_add(CounterPage::GENERATION) }.cast(),
+            _queue: queue.clone(),
+        }
+    }
+
+    /// Not to be called after the release of the queue.
+    fn load(&self) -> u64 {
+        // SAFETY: The generation is here in the page, which has not been freed.
+        unsafe { self.page.as_ref() }.load(Acquire)
+    }
 }
