@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Random sequences of operations on two queues, compared with a model of what is to be seen.
+//! Random histories of operations on two queues, compared with a list of what has happened.
 
 use crate::{
-    generation,
+    Generation,
     queue::{self, Buffer, Queue, Watch},
     state::Record, //
 };
@@ -22,11 +22,14 @@ use kernel::{
     },
 };
 use loom::thread;
-use proptest::{collection::vec, prelude::*, sample::Index, test_runner::RngAlgorithm};
+use proptest::{
+    collection::vec,
+    prelude::*,
+    test_runner::{FileFailurePersistence, RngAlgorithm}, //
+};
 use std::{
     cell::{Cell, RefCell},
-    collections::{BTreeSet, VecDeque},
-    mem,
+    collections::{BTreeMap, BTreeSet},
     ops::Range,
     rc::Rc,
 };
@@ -35,19 +38,28 @@ const PAGE: usize = 4096;
 const BASE: usize = 16 * PAGE;
 const PAGES: usize = 12;
 
+/// The most events that are copied at once, and the most faults in a row.
+const LIMIT: usize = 16;
+
 #[derive(Clone, Debug)]
 enum Op {
-    Watch {
+    Start {
         queue: usize,
         mrs: Vec<Range<usize>>,
         live: bool,
     },
-    GoLive(Index),
-    Hit {
+    /// The notifier cannot be inserted.
+    FailedStart(usize),
+    GoLive(usize),
+    Invalidate {
         event: u32,
         range: Range<usize>,
     },
-    Detach(Index),
+    Stop {
+        watch: usize,
+        /// Tries to let it go live afterwards.
+        go_live: bool,
+    },
     Poll {
         queue: usize,
         register: bool,
@@ -61,18 +73,20 @@ struct Read {
     queue: usize,
     max: usize,
     /// What happens each time the reader goes to sleep, and whether it gets a signal then, which it
-    /// does anyhow if nothing wakes it up; or nonblocking.
+    /// also does if nothing wakes it up. `None` is a nonblocking read.
     asleep: Option<Vec<(Vec<Op>, bool)>>,
     /// What happens to each copy, until all succeed.
     copies: Vec<Copy>,
+    /// A signal is pending after this many copies have succeeded.
+    interrupted: usize,
 }
 
 #[derive(Clone, Debug)]
 enum Copy {
     Succeed,
-    /// The buffer faults. Meanwhile the operations happen, then so many records have a place.
-    Fault(Vec<Op>, Index),
-    Fail(Vec<Op>, Error),
+    /// The buffer faults. Meanwhile the operations happen, then this many events have room.
+    Fault(Vec<Op>, usize),
+    Fail(Vec<Op>),
 }
 
 /// A part of the addresses that are used here, often on the boundary of a page.
@@ -89,19 +103,20 @@ fn range() -> impl Strategy<Value = Range<usize>> {
 }
 
 fn leaf() -> impl Strategy<Value = Op> {
-    let hit =
+    let invalidated =
         prop_oneof![6 => range(), 2 => Just(BASE..BASE + PAGES * PAGE), 1 => Just(0..usize::MAX)];
 
     prop_oneof![
-        3 => (0..2usize, vec(range(), 1..4), any::<bool>())
-            .prop_map(|(queue, mrs, live)| Op::Watch { queue, mrs, live }),
-        2 => any::<Index>().prop_map(Op::GoLive),
-        8 => (prop_oneof![3 => 0..2u32, 1 => 0..20u32], hit)
-            .prop_map(|(event, range)| Op::Hit { event, range }),
-        3 => any::<Index>().prop_map(Op::Detach),
-        1 => (0..2usize, any::<bool>()).prop_map(|(queue, register)| Op::Poll { queue, register }),
-        2 => (0..2usize, 1..4usize).prop_map(|(queue, max)| {
-            Op::Read(Read { queue, max, asleep: None, copies: Vec::new() })
+        6 => (0..2usize, vec(range(), 1..4), any::<bool>())
+            .prop_map(|(queue, mrs, live)| Op::Start { queue, mrs, live }),
+        1 => (0..2usize).prop_map(Op::FailedStart),
+        4 => any::<usize>().prop_map(Op::GoLive),
+        16 => (prop_oneof![3 => 0..2u32, 1 => 0..20u32], invalidated)
+            .prop_map(|(event, range)| Op::Invalidate { event, range }),
+        6 => (any::<usize>(), any::<bool>()).prop_map(|(watch, go_live)| Op::Stop { watch, go_live }),
+        2 => (0..2usize, any::<bool>()).prop_map(|(queue, register)| Op::Poll { queue, register }),
+        4 => (0..2usize, 1..4usize).prop_map(|(queue, max)| {
+            Op::Read(Read { queue, max, asleep: None, copies: Vec::new(), interrupted: 99 })
         }),
     ]
 }
@@ -112,27 +127,34 @@ fn op() -> impl Strategy<Value = Op> {
 
         vec(prop_oneof![15 => leaf(), 1 => close], 0..4)
     };
-    let copy = prop_oneof![
-        Just(Copy::Succeed),
-        (meanwhile(), any::<Index>()).prop_map(|(ops, ready)| Copy::Fault(ops, ready)),
-        (meanwhile(), prop_oneof![Just(EFAULT), Just(EINTR)])
-            .prop_map(|(ops, error)| Copy::Fail(ops, error)),
-    ];
+    let copy = || {
+        prop_oneof![
+            2 => Just(Copy::Succeed),
+            2 => (meanwhile(), any::<usize>()).prop_map(|(ops, room)| Copy::Fault(ops, room)),
+            1 => meanwhile().prop_map(Copy::Fail),
+        ]
+    };
+    let faults = vec(
+        any::<usize>().prop_map(|room| Copy::Fault(Vec::new(), room)),
+        LIMIT - 1..LIMIT + 2,
+    );
     let read = (
         0..2usize,
         1..50usize,
         prop::option::of(vec((meanwhile(), any::<bool>()), 0..3)),
-        vec(copy, 0..4),
+        prop_oneof![7 => vec(copy(), 0..4), 1 => faults],
+        prop_oneof![4 => Just(99), 1 => 1..3usize],
     )
-        .prop_map(|(queue, max, asleep, copies)| {
+        .prop_map(|(queue, max, asleep, copies, interrupted)| {
             Op::Read(Read {
                 queue,
                 max,
                 asleep,
                 copies,
+                interrupted,
             })
         });
-    let many = (0..2usize, vec(range(), 20..40)).prop_map(|(queue, mrs)| Op::Watch {
+    let many = (0..2usize, vec(range(), 20..40)).prop_map(|(queue, mrs)| Op::Start {
         queue,
         mrs,
         live: true,
@@ -146,92 +168,174 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What is to be seen of one watch.
-#[derive(Default)]
-struct WatchModel {
-    queue: usize,
+/// What has happened to a queue. Watches are named by their cookies.
+enum Happened {
+    Started(usize, Range<usize>),
+    WentLive(usize),
+    /// For any watch of the queue that overlaps.
+    Invalidated(Range<usize>, u32),
+    Delivered(usize),
+    Stopped(usize),
+    Polled,
+    FellAsleep,
+    WokeUp,
+    /// A reader has left, or faults in its buffer.
+    PassedOn,
+    Closed,
+}
+
+/// What has been seen of a watch.
+struct Seen {
     mr: Range<usize>,
     live: bool,
-    /// The parts of the MR that were hit since the last delivery, a page each.
-    stale: BTreeSet<usize>,
+    /// Since the last delivery.
+    pages: BTreeSet<usize>,
     reasons: u32,
-    newest: u64,
+    /// Of the pending event.
+    generation: Option<u64>,
     delivered: u32,
 }
 
-/// What is to be seen of one queue.
+/// What is to be seen of a queue.
 #[derive(Default)]
-struct QueueModel {
+struct View {
+    watches: BTreeMap<usize, Seen>,
     generation: u64,
-    /// Cookies, which count up here from zero.
-    pending: VecDeque<usize>,
-    /// Somebody sleeps, or has polled.
-    waiting: bool,
     closed: bool,
+    polled: bool,
+    asleep: bool,
     wakeups: usize,
 }
 
-#[derive(Default)]
-struct Model {
-    queues: [QueueModel; 2],
-    watches: Vec<WatchModel>,
-}
+impl View {
+    fn of(history: &[Happened]) -> Self {
+        let mut view = Self::default();
 
-impl Model {
-    fn report(&mut self, cookie: usize) {
-        let watch = &mut self.watches[cookie];
-        let queue = &mut self.queues[watch.queue];
-
-        if queue.closed {
-            return;
+        for happened in history {
+            view.apply(happened);
         }
-        queue.generation += 1;
-        watch.newest = queue.generation;
-        if !queue.pending.contains(&cookie) {
-            queue.wakeups += usize::from(queue.waiting && queue.pending.is_empty());
-            queue.pending.push_back(cookie);
-        }
+        view
     }
 
-    fn hit(&mut self, cookie: usize, reason: u32, range: &Range<usize>) {
-        let watch = &mut self.watches[cookie];
-        let pages = (watch.mr.start / PAGE..=(watch.mr.end - 1) / PAGE)
-            .filter(|page| range.start / PAGE <= *page && *page <= (range.end - 1) / PAGE)
-            .collect::<Vec<_>>();
+    fn apply(&mut self, happened: &Happened) {
+        match happened {
+            Happened::Started(cookie, mr) => {
+                let seen = Seen {
+                    mr: mr.clone(),
+                    live: false,
+                    pages: BTreeSet::new(),
+                    reasons: 0,
+                    generation: None,
+                    delivered: 0,
+                };
 
-        watch.stale.extend(&pages);
-        if !pages.is_empty() {
-            watch.reasons |= reason;
-            if watch.live {
-                self.report(cookie);
+                self.watches.insert(*cookie, seen);
+            }
+            Happened::WentLive(cookie) => {
+                self.watches.get_mut(cookie).unwrap().live = true;
+                self.queue_event(*cookie);
+            }
+            Happened::Invalidated(range, reason) => {
+                for cookie in self.watches.keys().copied().collect::<Vec<_>>() {
+                    let seen = self.watches.get_mut(&cookie).unwrap();
+                    let pages = |range: &Range<usize>| range.start / PAGE..range.end.div_ceil(PAGE);
+                    let (mr, range) = (pages(&seen.mr), pages(range));
+                    let pages = mr.start.max(range.start)..mr.end.min(range.end);
+
+                    if !pages.is_empty() {
+                        seen.pages.extend(pages);
+                        seen.reasons |= reason;
+                        self.queue_event(cookie);
+                    }
+                }
+            }
+            Happened::Delivered(cookie) => {
+                let seen = self.watches.get_mut(cookie).unwrap();
+
+                seen.pages.clear();
+                seen.reasons = 0;
+                seen.generation = None;
+                seen.delivered += 1;
+            }
+            Happened::Stopped(cookie) => {
+                self.watches.remove(cookie);
+            }
+            Happened::Polled => self.polled = true,
+            Happened::FellAsleep => self.asleep = true,
+            Happened::WokeUp => self.asleep = false,
+            Happened::PassedOn => {
+                if !self.closed && !self.is_empty() {
+                    self.wake();
+                }
+            }
+            Happened::Closed => {
+                if !self.closed {
+                    self.closed = true;
+                    self.generation += 1;
+                    self.wakeups += 1;
+                    self.asleep = false;
+                }
             }
         }
     }
 
-    fn record(&self, cookie: usize) -> Record {
-        let watch = &self.watches[cookie];
-        let first = watch.stale.first().unwrap() * PAGE;
-        let last = watch.stale.last().unwrap() * PAGE + PAGE;
+    /// Queues the event of a watch if there has to be one, and is not yet.
+    fn queue_event(&mut self, cookie: usize) {
+        let was_empty = self.is_empty();
+        let seen = self.watches.get_mut(&cookie).unwrap();
 
-        Record {
-            cookie: cookie as u64,
-            start: first.max(watch.mr.start) as u64,
-            end: last.min(watch.mr.end) as u64,
-            generation: watch.newest,
-            reasons: watch.reasons,
-            reserved: 0,
+        if seen.live && !self.closed && seen.reasons != 0 && seen.generation.is_none() {
+            self.generation += 1;
+            seen.generation = Some(self.generation);
+            if was_empty {
+                self.wake();
+            }
         }
     }
 
-    fn deliver(&mut self, queue: usize, records: &[Record]) {
-        for record in records {
-            let cookie = self.queues[queue].pending.pop_front().unwrap();
-            let watch = &mut self.watches[cookie];
+    fn wake(&mut self) {
+        if self.polled || self.asleep {
+            self.wakeups += 1;
+            self.asleep = false;
+        }
+    }
 
-            assert_eq!(record.cookie, cookie as u64);
-            watch.stale.clear();
-            watch.reasons = 0;
-            watch.delivered += 1;
+    fn is_empty(&self) -> bool {
+        self.watches.values().all(|seen| seen.generation.is_none())
+    }
+
+    /// Returns the pending events. They are in the order of their generations.
+    fn pending(&self) -> Vec<Record> {
+        let mut records: Vec<_> = self
+            .watches
+            .iter()
+            .filter_map(|(cookie, seen)| {
+                let generation = seen.generation?;
+                let first = seen.pages.first().unwrap() * PAGE;
+                let last = seen.pages.last().unwrap() * PAGE + PAGE;
+
+                Some(Record {
+                    cookie: *cookie as u64,
+                    start: first.max(seen.mr.start) as u64,
+                    end: last.min(seen.mr.end) as u64,
+                    generation,
+                    reasons: seen.reasons,
+                    reserved: 0,
+                })
+            })
+            .collect();
+
+        records.sort_unstable_by_key(|record| record.generation);
+        records
+    }
+
+    fn ready(&self) -> u32 {
+        if self.closed {
+            POLLERR
+        } else if self.is_empty() {
+            0
+        } else {
+            POLLIN | POLLRDNORM
         }
     }
 }
@@ -239,92 +343,106 @@ impl Model {
 struct Run {
     mm: MmWithUser,
     queues: [Arc<Queue>; 2],
+    generations: [Generation; 2],
     poller: Poller,
-    /// Gaps are detached.
-    watches: RefCell<Vec<Option<Registration<Watch>>>>,
-    model: RefCell<Model>,
+    /// The queue of each watch, by cookie, and its registration until it is stopped.
+    watches: RefCell<Vec<(usize, Option<Registration<Watch>>)>>,
+    histories: RefCell<[Vec<Happened>; 2]>,
 }
 
 impl Run {
     fn new() -> Rc<Self> {
         let mm = MmWithUser::new();
+        let queues = [Queue::new(&mm).unwrap(), Queue::new(&mm).unwrap()];
 
         Rc::new(Self {
-            queues: [Queue::new(&mm).unwrap(), Queue::new(&mm).unwrap()],
+            generations: queues.each_ref().map(Generation::new),
+            queues,
             mm,
             poller: Poller::default(),
             watches: RefCell::default(),
-            model: RefCell::default(),
+            histories: RefCell::default(),
         })
     }
 
-    fn pick(&self, index: &Index) -> Option<usize> {
+    fn happened(&self, queue: usize, happened: Happened) {
+        self.histories.borrow_mut()[queue].push(happened);
+    }
+
+    fn view(&self, queue: usize) -> View {
+        View::of(&self.histories.borrow()[queue])
+    }
+
+    /// Returns the cookie of a watch that has not been stopped.
+    fn pick(&self, index: usize) -> Option<usize> {
         let watches = self.watches.borrow();
         let alive: Vec<_> = (0..watches.len())
-            .filter(|i| watches[*i].is_some())
+            .filter(|cookie| watches[*cookie].1.is_some())
             .collect();
 
-        (!alive.is_empty()).then(|| *index.get(&alive))
+        (!alive.is_empty()).then(|| alive[index % alive.len()])
     }
 
     fn apply(self: &Rc<Self>, op: &Op) {
         match op {
-            Op::Watch { queue, mrs, live } => {
+            Op::Start { queue, mrs, live } => {
                 for mr in mrs {
-                    self.watch(*queue, mr, *live);
+                    self.start(*queue, mr, *live);
                 }
             }
+            Op::FailedStart(queue) => {
+                let borrow = self.queues[*queue].as_arc_borrow();
+                let expected = if self.view(*queue).closed {
+                    EIO
+                } else {
+                    ENOMEM
+                };
+
+                check::fail_notifiers(Some(ENOMEM));
+                let result = Watch::start(borrow, &self.mm, BASE..BASE + 1, 0);
+                check::fail_notifiers(None);
+                assert_eq!(result.map(queue::stop), Err(expected));
+            }
             Op::GoLive(index) => {
-                if let Some(cookie) = self.pick(index) {
+                if let Some(cookie) = self.pick(*index) {
                     self.go_live(cookie);
                 }
             }
-            Op::Hit { event, range } => {
+            Op::Invalidate { event, range } => {
                 let reason = match event {
-                    0 => Some(1),
-                    5 => Some(4),
+                    0 | 5 => Some(1),
                     2..=7 => None,
                     _ => Some(2),
                 };
 
-                // Watches are called in the order in which they were inserted.
-                for (cookie, watch) in self.watches.borrow().iter().enumerate() {
-                    if let (Some(reason), Some(_)) = (reason, watch) {
-                        self.model.borrow_mut().hit(cookie, reason, range);
+                if let Some(reason) = reason {
+                    for queue in 0..2 {
+                        self.happened(queue, Happened::Invalidated(range.clone(), reason));
                     }
                 }
                 self.mm.invalidate(Event(*event), range.clone(), || ());
             }
-            Op::Detach(index) => {
-                if let Some(cookie) = self.pick(index) {
-                    self.detach(cookie);
+            Op::Stop { watch, go_live } => {
+                if let Some(cookie) = self.pick(*watch) {
+                    self.stop(cookie, *go_live);
                 }
             }
             Op::Poll { queue, register } => {
                 let table = if *register {
+                    self.happened(*queue, Happened::Polled);
                     self.poller.table()
                 } else {
                     PollTable::NULL
                 };
-                let mask = self.queues[*queue].poll(&File, table);
-                let model = &mut self.model.borrow_mut().queues[*queue];
 
-                model.waiting = true;
-                let expected = match (model.closed, model.pending.is_empty()) {
-                    (true, _) => POLLERR,
-                    (false, true) => 0,
-                    (false, false) => POLLIN | POLLRDNORM,
-                };
-                assert_eq!(mask, expected);
+                assert_eq!(
+                    self.queues[*queue].poll(&File, table),
+                    self.view(*queue).ready()
+                );
             }
             Op::Close(queue) => {
+                self.happened(*queue, Happened::Closed);
                 self.queues[*queue].close();
-                let model = &mut self.model.borrow_mut().queues[*queue];
-
-                if !mem::replace(&mut model.closed, true) {
-                    model.generation += 1;
-                    model.wakeups += 1;
-                }
             }
             Op::Read(read) => self.read(read),
         }
@@ -332,53 +450,40 @@ impl Run {
     }
 
     fn compare(&self) {
-        let model = self.model.borrow();
+        let views = [0, 1].map(|queue| self.view(queue));
 
-        let wakeups: usize = model.queues.iter().map(|queue| queue.wakeups).sum();
-
-        assert_eq!(check::wakeups(), wakeups);
-        for (queue, model) in self.queues.iter().zip(&model.queues) {
-            assert_eq!(generation(queue), model.generation);
+        assert_eq!(check::wakeups(), views[0].wakeups + views[1].wakeups);
+        for (view, generation) in views.iter().zip(&self.generations) {
+            assert_eq!(generation.load(), view.generation);
         }
     }
 
-    fn watch(&self, queue: usize, mr: &Range<usize>, live: bool) {
-        let mut watches = self.watches.borrow_mut();
-        let cookie = watches.len();
+    fn start(&self, queue: usize, mr: &Range<usize>, live: bool) {
+        let cookie = self.watches.borrow().len();
         let borrow = self.queues[queue].as_arc_borrow();
 
-        match Watch::new(borrow, &self.mm, mr.clone(), cookie as u64) {
-            Ok(registration) => watches.push(Some(registration)),
+        match Watch::start(borrow, &self.mm, mr.clone(), cookie as u64) {
+            Ok(registration) => self.watches.borrow_mut().push((queue, Some(registration))),
             Err(error) => {
                 assert_eq!(error, EIO);
-                assert!(self.model.borrow().queues[queue].closed);
+                assert!(self.view(queue).closed);
                 return;
             }
         }
-        assert!(!self.model.borrow().queues[queue].closed);
-        self.model.borrow_mut().watches.push(WatchModel {
-            queue,
-            mr: mr.clone(),
-            ..WatchModel::default()
-        });
-        drop(watches);
+        assert!(!self.view(queue).closed);
+        self.happened(queue, Happened::Started(cookie, mr.clone()));
 
         if live {
             self.go_live(cookie);
         }
     }
 
-    /// Once for each watch, as `uverbs` does.
     fn go_live(&self, cookie: usize) {
-        let mut model = self.model.borrow_mut();
+        let watches = self.watches.borrow();
+        let (queue, registration) = &watches[cookie];
 
-        if mem::replace(&mut model.watches[cookie].live, true) {
-            return;
-        }
-        if model.watches[cookie].reasons != 0 {
-            model.report(cookie);
-        }
-        self.watches.borrow()[cookie]
+        self.happened(*queue, Happened::WentLive(cookie));
+        registration
             .as_ref()
             .unwrap()
             .object()
@@ -386,16 +491,20 @@ impl Run {
             .go_live();
     }
 
-    fn detach(&self, cookie: usize) {
-        let registration = self.watches.borrow_mut()[cookie].take().unwrap();
-        let delivered = queue::detach(registration);
-        let mut model = self.model.borrow_mut();
-        let queue = model.watches[cookie].queue;
+    fn stop(&self, cookie: usize, go_live: bool) {
+        let (queue, registration) = {
+            let (queue, registration) = &mut self.watches.borrow_mut()[cookie];
 
-        model.queues[queue]
-            .pending
-            .retain(|pending| *pending != cookie);
-        assert_eq!(delivered, model.watches[cookie].delivered);
+            (*queue, registration.take().unwrap())
+        };
+        let watch = go_live.then(|| registration.object().clone());
+        let expected = self.view(queue).watches[&cookie].delivered;
+
+        assert_eq!(queue::stop(registration), expected);
+        self.happened(queue, Happened::Stopped(cookie));
+        if let Some(watch) = watch {
+            watch.as_arc_borrow().go_live();
+        }
     }
 
     fn read(self: &Rc<Self>, read: &Read) {
@@ -411,40 +520,35 @@ impl Run {
 
             check::while_asleep(Some(Rc::new(move || {
                 slept.set(true);
+                assert_eq!(run.view(queue).ready(), 0);
+
                 let (ops, signal) = asleep.borrow_mut().next().unwrap_or_default();
-                let polls = |op: &Op| matches!(op, Op::Poll { queue: q, .. } if *q == queue);
-                let (polled, wakeups) = {
-                    let model = &mut run.model.borrow_mut().queues[queue];
 
-                    assert!(model.pending.is_empty() && !model.closed);
-                    (mem::replace(&mut model.waiting, true), model.wakeups)
-                };
-
+                run.happened(queue, Happened::FellAsleep);
                 ops.iter().for_each(|op| run.apply(op));
 
-                let model = &mut run.model.borrow_mut().queues[queue];
+                let view = run.view(queue);
 
-                model.waiting = polled || ops.iter().any(polls);
-                let woken = model.wakeups != wakeups;
-
-                assert!(woken || model.pending.is_empty() && !model.closed);
-                if signal || !woken {
+                // A wake-up is not lost. Another reader may have been faster.
+                assert!(!view.asleep || view.ready() == 0);
+                if signal || view.asleep {
                     interrupted.set(true);
                     check::set_signal_pending(thread::current().id(), true);
                 }
+                run.happened(queue, Happened::WokeUp);
             })));
         }
 
         let mut buffer = Script {
             run: self.clone(),
-            queue: read.queue,
-            max: read.max,
+            read: read.clone(),
             done: 0,
-            ready: None,
-            again: false,
+            copied: 0,
+            room: None,
+            faults: 0,
             slept,
             copies: read.copies.clone().into_iter(),
-            failure: None,
+            end: None,
             fault: None,
         };
         let result = self.queues[read.queue].read(read.max, read.asleep.is_none(), &mut buffer);
@@ -453,52 +557,49 @@ impl Run {
             check::while_asleep(None);
             check::set_signal_pending(thread::current().id(), false);
         }
+        self.happened(read.queue, Happened::PassedOn);
+        assert!(buffer.fault.is_none());
 
-        let model = self.model.borrow();
-        let queue = &model.queues[read.queue];
-        let end = if let Some(error) = buffer.failure {
-            error
-        } else if buffer.done == read.max {
-            EINVAL
-        } else if queue.closed {
-            EIO
+        let expected = if buffer.done != 0 {
+            let has_reason = buffer.end.is_some()
+                || buffer.done == read.max
+                || buffer.interrupted()
+                || self.view(read.queue).ready() != POLLIN | POLLRDNORM;
+
+            assert!(has_reason, "a short count for no reason");
+            Ok(buffer.done)
+        } else if let Some(error) = buffer.end {
+            Err(error)
+        } else if self.view(read.queue).closed {
+            Err(EIO)
         } else {
-            assert!(
-                queue.pending.is_empty(),
-                "a short count with something left"
-            );
-            if interrupted.get() {
+            assert_eq!(self.view(read.queue).ready(), 0);
+            Err(if interrupted.get() {
                 ERESTARTSYS
             } else {
                 EAGAIN
-            }
+            })
         };
 
-        assert!(buffer.fault.is_none());
-        assert_eq!(
-            result,
-            if buffer.done == 0 {
-                Err(end)
-            } else {
-                Ok(buffer.done)
-            }
-        );
+        assert_eq!(result, expected);
     }
 }
 
-/// A buffer that faults as told, and compares each copy with the model.
+/// A buffer that faults as told, and compares each copy with what is to be seen.
 struct Script {
     run: Rc<Run>,
-    queue: usize,
-    max: usize,
+    read: Read,
     done: usize,
-    ready: Option<usize>,
-    /// It was made ready, and nothing has been copied since.
-    again: bool,
-    /// The reader has slept, after which what was made ready does not count.
+    /// How many copies have succeeded.
+    copied: usize,
+    room: Option<usize>,
+    /// How many in a row.
+    faults: usize,
+    /// The reader has slept, which ends the row.
     slept: Rc<Cell<bool>>,
     copies: std::vec::IntoIter<Copy>,
-    failure: Option<Error>,
+    /// Why the read ends early.
+    end: Option<Error>,
     /// The last copy has failed thus.
     fault: Option<Copy>,
 }
@@ -506,29 +607,36 @@ struct Script {
 impl Buffer for Script {
     fn copy(&mut self, records: &[Record]) -> Result {
         assert!(check::in_atomic());
-        assert!(self.fault.is_none() && self.failure.is_none());
+        assert!(self.fault.is_none() && self.end.is_none());
         if self.slept.take() {
-            (self.ready, self.again) = (None, false);
+            (self.room, self.faults) = (None, 0);
         }
 
-        let mut model = self.run.model.borrow_mut();
-        let queue = &model.queues[self.queue];
-        let limit = self.ready.take().unwrap_or(16).min(self.max - self.done);
-        let expected: Vec<_> = queue
-            .pending
-            .iter()
-            .take(limit)
-            .map(|cookie| model.record(*cookie))
-            .collect();
+        let view = self.run.view(self.read.queue);
+        let limit = self
+            .room
+            .take()
+            .unwrap_or(LIMIT)
+            .min(self.read.max - self.done);
+        let mut expected = view.pending();
 
-        assert!(!queue.closed && !records.is_empty());
+        expected.truncate(limit);
+        assert!(!view.closed && !records.is_empty());
         assert_eq!(records, expected);
         match self.copies.next() {
             None | Some(Copy::Succeed) => {
-                model.deliver(self.queue, records);
+                for record in records {
+                    self.run
+                        .happened(self.read.queue, Happened::Delivered(record.cookie as usize));
+                }
                 self.done += records.len();
-                self.again = false;
+                self.copied += 1;
+                self.faults = 0;
                 Ok(())
+            }
+            Some(_) if self.faults == LIMIT => {
+                self.end = Some(EFAULT);
+                Err(EFAULT)
             }
             fault => {
                 self.fault = fault;
@@ -537,39 +645,53 @@ impl Buffer for Script {
         }
     }
 
-    fn make_ready(&mut self, count: usize, again: bool) -> Result<usize> {
-        check::might_sleep();
-        // A signal that is pending may end the read then, which must not be short.
-        assert_eq!(again, mem::replace(&mut self.again, true) && self.done == 0);
-        assert!((1..=16.min(self.max - self.done)).contains(&count));
+    fn fault_in(&mut self, count: usize) -> Result<usize> {
+        check::might_sleep_long();
+        assert!((1..=LIMIT.min(self.read.max - self.done)).contains(&count));
 
+        self.faults += 1;
+        self.run.happened(self.read.queue, Happened::PassedOn);
         match self.fault.take().unwrap() {
             Copy::Succeed => unreachable!(),
-            Copy::Fault(ops, ready) => {
+            Copy::Fault(ops, room) => {
                 ops.iter().for_each(|op| self.run.apply(op));
-                let ready = 1 + ready.index(count);
+                let room = 1 + room % count;
 
-                self.ready = Some(ready);
-                Ok(ready)
+                self.room = Some(room);
+                Ok(room)
             }
-            Copy::Fail(ops, error) => {
+            Copy::Fail(ops) => {
                 ops.iter().for_each(|op| self.run.apply(op));
-                self.failure = Some(error);
-                Err(error)
+                self.end = Some(EFAULT);
+                Err(EFAULT)
             }
         }
+    }
+
+    fn interrupted(&self) -> bool {
+        check::might_sleep_long();
+        self.copied >= self.read.interrupted
+    }
+}
+
+fn config() -> ProptestConfig {
+    let default = ProptestConfig::default();
+
+    ProptestConfig {
+        // What the environment asks for, if it does.
+        cases: std::env::var("PROPTEST_CASES").map_or(1000, |_| default.cases),
+        // Failures are kept, and tried first.
+        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
+        // The default one is slow without optimisation.
+        rng_algorithm: RngAlgorithm::XorShift,
+        ..default
     }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: 1000,
-        failure_persistence: None,
-        // The default one is slow without optimisation.
-        rng_algorithm: RngAlgorithm::XorShift,
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(config())]
 
+    /// G4, G5, G8: every history of operations has the results that its list implies.
     #[test]
     fn operations(ops in vec(op(), 1..80), queues_first in any::<bool>()) {
         check::sequential(move || {
@@ -581,47 +703,71 @@ proptest! {
             let mut run = Rc::into_inner(run).unwrap();
 
             if queues_first {
-                // Nothing is left but what the watches hold.
-                let mm = MmWithUser::new();
-                let idle = Queue::new(&mm).unwrap();
+                for queue in &run.queues {
+                    queue.release();
+                    queue.with_page(|page| assert!(page.is_none()));
+                }
+                // Only the watches have references to the queues now.
+                let other = Queue::new(&run.mm).unwrap();
 
-                run.queues.iter().for_each(|queue| queue.close());
-                run.queues = [idle.clone(), idle];
+                run.generations = [0, 1].map(|_| Generation::new(&other));
+                run.queues = [other.clone(), other];
             }
             for cookie in 0..watches {
-                if run.watches.borrow()[cookie].is_some() {
-                    run.detach(cookie);
+                if run.watches.borrow()[cookie].1.is_some() {
+                    run.stop(cookie, false);
                 }
             }
         });
     }
 }
 
-proptest! {
-    // There is never more than one watch to choose from.
-    #![proptest_config(ProptestConfig { cases: 1, failure_persistence: None, ..ProptestConfig::default() })]
+/// What faulted goes away, so that the reader sleeps. The next faults are first ones.
+#[test]
+fn sleep_forgets_faults() {
+    check::sequential(|| {
+        let any = 0;
+        let mr = BASE..BASE + PAGE;
+        let start = || Op::Start {
+            queue: 0,
+            mrs: vec![mr.clone()],
+            live: true,
+        };
+        let invalidate = || Op::Invalidate {
+            event: 0,
+            range: mr.clone(),
+        };
+        let faults = || vec![Copy::Fault(Vec::new(), any); LIMIT - 1];
+        let mut copies = faults();
 
-    /// What faulted goes away, so that the reader sleeps: the next fault is a first one.
-    #[test]
-    fn sleep_forgets_a_fault(any in any::<Index>()) {
-        check::sequential(move || {
-            let mr = BASE..BASE + PAGE;
-            let watch = Op::Watch { queue: 0, mrs: vec![mr.clone()], live: true };
-            let hit = Op::Hit { event: 0, range: mr };
-            let read = Read {
-                queue: 0,
-                max: 1,
-                asleep: Some(vec![(vec![watch.clone(), hit.clone()], false)]),
-                copies: vec![
-                    Copy::Fault(vec![Op::Detach(any)], any),
-                    Copy::Fault(Vec::new(), any),
-                ],
-            };
-            let run = Run::new();
+        copies.push(Copy::Fault(
+            vec![Op::Stop {
+                watch: any,
+                go_live: true,
+            }],
+            any,
+        ));
+        copies.extend(faults());
 
-            for op in [watch, hit, Op::Read(read), Op::Detach(any)] {
-                run.apply(&op);
-            }
-        });
-    }
+        let read = Read {
+            queue: 0,
+            max: 1,
+            asleep: Some(vec![(vec![start(), invalidate()], false)]),
+            copies,
+            interrupted: 99,
+        };
+        let run = Run::new();
+
+        for op in [
+            start(),
+            invalidate(),
+            Op::Read(read),
+            Op::Stop {
+                watch: any,
+                go_live: false,
+            },
+        ] {
+            run.apply(&op);
+        }
+    });
 }
