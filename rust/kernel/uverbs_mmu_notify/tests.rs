@@ -12,12 +12,16 @@ use super::{
         Watch, //
     },
     state::{
+        Pending,
         Reason,
         Record,
-        State, //
+        Region, //
     },
 };
-use core::ops::Range;
+use core::{
+    ops::Range,
+    ptr, //
+};
 use kernel::{
     bindings,
     error::to_result,
@@ -38,7 +42,6 @@ use kernel::{
 
 const UNMAPPED: u32 = Reason::Unmapped as u32;
 const MAYBE_STALE: u32 = Reason::MaybeStale as u32;
-const EXITED: u32 = Reason::Exited as u32;
 
 /// Creates a queue for an address space of its own, which the thread of a test does not have.
 fn new_queue() -> Result<Arc<Queue>> {
@@ -55,7 +58,7 @@ impl Map {
         // SAFETY: The current address space has no other user, so nobody relies on what is mapped.
         let addr = unsafe {
             bindings::vm_mmap(
-                core::ptr::null_mut(),
+                ptr::null_mut(),
                 0,
                 pages * PAGE_SIZE,
                 (bindings::PROT_READ | bindings::PROT_WRITE) as usize,
@@ -83,8 +86,8 @@ impl Map {
         to_result(unsafe { bindings::vm_munmap(start, end - start) })
     }
 
-    /// The record of `pages` being unmapped.
-    fn record(&self, pages: Range<usize>, cookie: u64, generation: u64) -> Record {
+    /// Returns the event for `pages` that were unmapped.
+    fn event(&self, pages: Range<usize>, cookie: u64, generation: u64) -> Record {
         let Range { start, end } = self.at(pages);
 
         Record {
@@ -100,103 +103,106 @@ impl Map {
 
 /// A buffer that can be written up to a fault.
 struct Sink {
-    records: KVec<Record>,
-    /// How many records fit before the fault.
+    events: KVec<Record>,
+    /// How many events fit before the fault.
     room: usize,
+    /// A signal is pending.
+    interrupted: bool,
+}
+
+impl Sink {
+    fn new(max: usize, room: usize) -> Result<Self> {
+        Ok(Self {
+            events: KVec::with_capacity(max, GFP_KERNEL)?,
+            room,
+            interrupted: false,
+        })
+    }
 }
 
 impl Buffer for Sink {
     fn copy(&mut self, records: &[Record]) -> Result {
-        if self.records.len() + records.len() > self.room {
+        if self.events.len() + records.len() > self.room {
             return Err(EFAULT);
         }
         // Called under a spinlock: the capacity is there.
         for record in records {
-            self.records
+            self.events
                 .push_within_capacity(*record)
                 .map_err(|_| ENOMEM)?;
         }
         Ok(())
     }
 
-    fn make_ready(&mut self, count: usize, _again: bool) -> Result<usize> {
-        match (self.room - self.records.len()).min(count) {
+    fn fault_in(&mut self, count: usize) -> Result<usize> {
+        match (self.room - self.events.len()).min(count) {
             0 => Err(EFAULT),
-            ready => Ok(ready),
+            room => Ok(room),
         }
+    }
+
+    fn interrupted(&self) -> bool {
+        self.interrupted
     }
 }
 
-/// A buffer that is ready as often as it is asked, and cannot be written to.
-struct Stuck(u32);
-
-impl Buffer for Stuck {
-    fn copy(&mut self, _records: &[Record]) -> Result {
-        Err(EFAULT)
-    }
-
-    fn make_ready(&mut self, count: usize, again: bool) -> Result<usize> {
-        self.0 += 1;
-        match (self.0, again) {
-            (1, false) | (2, true) => Ok(count),
-            (3, true) => Err(ERESTARTSYS),
-            _ => Err(EINVAL),
-        }
-    }
+/// A buffer whose pages others take away: of each so many copies only the last succeeds.
+struct Contended {
+    period: u32,
+    copies: u32,
 }
-
-/// A buffer of which others take pages away, again and again, while a signal is pending.
-struct Contended(u32);
 
 impl Buffer for Contended {
     fn copy(&mut self, _records: &[Record]) -> Result {
-        self.0 += 1;
-        match self.0 {
-            1 | 3 | 4 => Err(EFAULT),
-            _ => Ok(()),
+        self.copies += 1;
+        if self.copies % self.period == 0 {
+            Ok(())
+        } else {
+            Err(EFAULT)
         }
     }
 
-    fn make_ready(&mut self, _count: usize, again: bool) -> Result<usize> {
-        if again {
-            Err(ERESTARTSYS)
-        } else {
-            Ok(1)
-        }
+    fn fault_in(&mut self, _count: usize) -> Result<usize> {
+        Ok(1)
+    }
+
+    fn interrupted(&self) -> bool {
+        false
     }
 }
 
-/// Reads up to `max` records to a buffer that faults after `room`.
+/// Reads up to `max` events to a buffer that faults after `room`.
 fn read(queue: &Queue, max: usize, room: usize) -> Result<KVec<Record>> {
-    let mut sink = Sink {
-        records: KVec::with_capacity(max, GFP_KERNEL)?,
-        room,
-    };
+    let mut sink = Sink::new(max, room)?;
     let count = queue.read(max, true, &mut sink)?;
 
-    if count == sink.records.len() {
-        Ok(sink.records)
+    if count == sink.events.len() {
+        Ok(sink.events)
     } else {
         Err(EINVAL)
     }
 }
 
-/// The counter, as userspace loads it.
+/// Loads the generation as userspace does.
 fn generation(queue: &Queue) -> u64 {
-    let page = core::ptr::from_ref(queue.page()).cast::<u8>();
+    queue.with_page(|page| {
+        page.map_or(0, |page| {
+            let page = ptr::from_ref(page).cast::<u8>();
 
-    // SAFETY: This is where the page has its counter, and it lives as long as the queue.
-    unsafe { &*page.add(CounterPage::GENERATION).cast::<Atomic<u64>>() }.load(Acquire)
+            // SAFETY: The generation is at this offset, and the page is borrowed.
+            unsafe { &*page.add(CounterPage::GENERATION).cast::<Atomic<u64>>() }.load(Acquire)
+        })
+    })
 }
 
-/// Watches `pages` of `map`, but does not go live.
-fn register(
+/// Starts to watch `pages` of `map`, but does not go live.
+fn start(
     queue: &Arc<Queue>,
     map: &Map,
     pages: Range<usize>,
     cookie: u64,
 ) -> Result<Registration<Watch>> {
-    Watch::new(
+    Watch::start(
         queue.as_arc_borrow(),
         mm_of(current!())?,
         map.at(pages),
@@ -211,7 +217,7 @@ fn watch(
     pages: Range<usize>,
     cookie: u64,
 ) -> Result<Registration<Watch>> {
-    let registration = register(queue, map, pages, cookie)?;
+    let registration = start(queue, map, pages, cookie)?;
 
     registration.object().as_arc_borrow().go_live();
     Ok(registration)
@@ -221,13 +227,26 @@ fn watch(
 mod state {
     use super::*;
 
+    /// Returns what userspace reads of an invalidation of `range` in the region `mr`.
+    fn record(mr: Range<usize>, range: Range<usize>) -> Option<Record> {
+        let region = Region::new(mr)?;
+        let event = region.event(range, Reason::Unmapped)?;
+
+        Some(region.record(event, 7, 1))
+    }
+
+    fn span(mr: Range<usize>, range: Range<usize>) -> Range<usize> {
+        record(mr, range).map_or(0..0, |record| record.start as usize..record.end as usize)
+    }
+
+    /// G7: what leaves the pinned pages mapped is not reported.
     #[test]
     fn reason_of_each_event() {
         let of = |event| Reason::of(event).map_or(0, |reason| reason as u32);
 
         assert_eq!(of(Event::UNMAP), UNMAPPED);
+        assert_eq!(of(Event::RELEASE), UNMAPPED);
         assert_eq!(of(Event::CLEAR), MAYBE_STALE);
-        assert_eq!(of(Event::RELEASE), EXITED);
         assert_eq!(of(Event::PROTECTION_VMA), 0);
         assert_eq!(of(Event::PROTECTION_PAGE), 0);
         assert_eq!(of(Event::SOFT_DIRTY), 0);
@@ -235,70 +254,91 @@ mod state {
         assert_eq!(of(Event::EXCLUSIVE), 0);
     }
 
+    /// G1: any part of the MR is enough, and nothing outside is reported.
     #[test]
-    fn hull_is_clipped() {
-        let mut state = State::new(PAGE_SIZE + 0x100..5 * PAGE_SIZE + 0x200, 7);
+    fn clip_to_mr() {
+        let mr = PAGE_SIZE + 0x100..5 * PAGE_SIZE + 0x200;
 
-        assert!(!state.go_live(0));
-        assert!(!state.hit(0..PAGE_SIZE, Reason::Unmapped, 1));
-        assert!(!state.hit(6 * PAGE_SIZE..7 * PAGE_SIZE, Reason::Unmapped, 1));
-        assert_eq!(state.record().reasons, 0);
-        assert!(state.hit(0..usize::MAX, Reason::Exited, 1));
-        assert_eq!(state.record().start as usize, PAGE_SIZE + 0x100);
-        assert_eq!(state.record().end as usize, 5 * PAGE_SIZE + 0x200);
+        assert!(record(mr.clone(), 0..PAGE_SIZE).is_none());
+        assert!(record(mr.clone(), 6 * PAGE_SIZE..7 * PAGE_SIZE).is_none());
+        assert_eq!(
+            record(mr.clone(), 0..usize::MAX),
+            Some(Record {
+                cookie: 7,
+                start: mr.start as u64,
+                end: mr.end as u64,
+                generation: 1,
+                reasons: UNMAPPED,
+                reserved: 0,
+            })
+        );
+        assert_eq!(span(mr.clone(), 0..mr.start + 1), mr.start..2 * PAGE_SIZE);
+        assert_eq!(
+            span(mr.clone(), mr.end - 1..usize::MAX),
+            5 * PAGE_SIZE..mr.end
+        );
     }
 
+    /// G1: pages change as a whole.
     #[test]
-    fn pages_change_as_a_whole() {
-        let mut state = State::new(PAGE_SIZE..5 * PAGE_SIZE, 7);
+    fn round_to_pages() {
+        let mr = PAGE_SIZE..5 * PAGE_SIZE;
 
-        state.go_live(0);
-        assert!(state.hit(
-            3 * PAGE_SIZE - 0x10..3 * PAGE_SIZE + 0x10,
-            Reason::Unmapped,
-            1
-        ));
-        assert_eq!(state.record().start as usize, 2 * PAGE_SIZE);
-        assert_eq!(state.record().end as usize, 4 * PAGE_SIZE);
+        assert_eq!(
+            span(mr.clone(), 3 * PAGE_SIZE - 1..3 * PAGE_SIZE + 1),
+            2 * PAGE_SIZE..4 * PAGE_SIZE
+        );
+        // The page of the first byte of the MR changes, though not this byte.
+        assert_eq!(
+            span(PAGE_SIZE + 0x100..5 * PAGE_SIZE, PAGE_SIZE..PAGE_SIZE + 1),
+            PAGE_SIZE + 0x100..2 * PAGE_SIZE
+        );
     }
 
+    /// The last address that can be registered, and the first.
     #[test]
-    fn hits_merge() {
-        let mut state = State::new(PAGE_SIZE..9 * PAGE_SIZE, 7);
+    fn ends_of_address_space() {
+        let end = usize::MAX - (PAGE_SIZE - 1);
 
-        state.go_live(0);
-        assert!(state.hit(6 * PAGE_SIZE..7 * PAGE_SIZE, Reason::Unmapped, 1));
-        assert!(state.hit(2 * PAGE_SIZE..3 * PAGE_SIZE, Reason::MaybeStale, 2));
-        let record = state.record();
-        assert_eq!(record.cookie, 7);
-        assert_eq!(record.start as usize, 2 * PAGE_SIZE);
-        assert_eq!(record.end as usize, 7 * PAGE_SIZE);
-        assert_eq!(record.generation, 2);
-        assert_eq!(record.reasons, UNMAPPED | MAYBE_STALE);
+        assert_eq!(span(end - 1..end, 0..usize::MAX), end - 1..end);
+        assert_eq!(span(0..1, 0..PAGE_SIZE), 0..1);
+        assert_eq!(span(0..end, 0..usize::MAX), 0..end);
+        assert!(Region::new(PAGE_SIZE..PAGE_SIZE).is_none());
     }
 
+    /// G4: a merged event has the covered span, and all reasons.
     #[test]
-    fn delivery_begins_anew() {
-        let mut state = State::new(PAGE_SIZE..9 * PAGE_SIZE, 7);
+    fn merge_events() -> Result {
+        let region = Region::new(PAGE_SIZE..9 * PAGE_SIZE).ok_or(EINVAL)?;
+        let event = |pages: Range<usize>, reason| {
+            region.event(pages.start * PAGE_SIZE..pages.end * PAGE_SIZE, reason)
+        };
+        let late = event(6..7, Reason::Unmapped).ok_or(EINVAL)?;
+        let early = event(2..3, Reason::MaybeStale).ok_or(EINVAL)?;
+        let merged = region.record(late.merge(early), 7, 2);
 
-        state.go_live(0);
-        state.hit(6 * PAGE_SIZE..7 * PAGE_SIZE, Reason::Unmapped, 1);
-        state.delivered();
-        assert_eq!(state.count(), 1);
-        assert_eq!(state.record().reasons, 0);
-        assert!(state.hit(2 * PAGE_SIZE..3 * PAGE_SIZE, Reason::MaybeStale, 2));
-        assert_eq!(state.record().end as usize, 3 * PAGE_SIZE);
-        assert_eq!(state.record().reasons, MAYBE_STALE);
+        assert!(late.merge(early) == early.merge(late));
+        assert!(late.merge(early).merge(late) == late.merge(early));
+        assert!(late != Pending::NONE && early != Pending::NONE);
+        assert_eq!(merged.start as usize, 2 * PAGE_SIZE);
+        assert_eq!(merged.end as usize, 7 * PAGE_SIZE);
+        assert_eq!(merged.reasons, UNMAPPED | MAYBE_STALE);
+        assert_eq!(merged.generation, 2);
+        Ok(())
     }
 
+    /// An MR of 2^30 pages is reported to the page, a larger one in larger units.
     #[test]
-    fn hits_before_going_live_are_kept() {
-        let mut state = State::new(PAGE_SIZE..9 * PAGE_SIZE, 7);
+    fn units_of_large_mr() {
+        let limit = PAGE_SIZE << 30;
+        let last = limit - PAGE_SIZE..limit;
 
-        assert!(!state.hit(2 * PAGE_SIZE..3 * PAGE_SIZE, Reason::MaybeStale, 1));
-        assert!(state.go_live(5));
-        assert_eq!(state.record().generation, 5);
-        assert_eq!(state.record().start as usize, 2 * PAGE_SIZE);
+        assert_eq!(span(0..limit, last.clone()), last.clone());
+        assert_eq!(span(0..limit + 1, last), limit - 2 * PAGE_SIZE..limit);
+        assert_eq!(
+            span(0..limit + 1, limit..limit + PAGE_SIZE),
+            limit..limit + 1
+        );
     }
 }
 
@@ -306,71 +346,83 @@ mod state {
 mod queue_and_watches {
     use super::*;
 
+    /// G2, G4: the generation advances once per event. Merging changes neither it nor the order.
     #[test]
-    fn order_is_that_of_the_first_hit() -> Result {
+    fn fifo_by_first_event() -> Result {
         let queue = new_queue()?;
         let map = Map::new(4)?;
         let first = watch(&queue, &map, 0..1, 1)?;
         let second = watch(&queue, &map, 1..4, 2)?;
 
         map.unmap(3..4)?;
+        assert_eq!(generation(&queue), 1);
         map.unmap(0..1)?;
+        assert_eq!(generation(&queue), 2);
         map.unmap(1..2)?;
-        assert_eq!(generation(&queue), 3);
-        let records = read(&queue, 8, 8)?;
-        assert_eq!(records.len(), 2);
-        assert_eq!(records[0], map.record(1..4, 2, 3));
-        assert_eq!(records[1], map.record(0..1, 1, 2));
+        assert_eq!(generation(&queue), 2);
+        let events = read(&queue, 8, 8)?;
+        assert_eq!(events.len(), 2);
+        assert_eq!(events[0], map.event(1..4, 2, 1));
+        assert_eq!(events[1], map.event(0..1, 1, 2));
         assert_eq!(read(&queue, 8, 8).err(), Some(EAGAIN));
-        assert_eq!(queue::detach(first), 1);
-        assert_eq!(queue::detach(second), 1);
+        assert_eq!(queue::stop(first), 1);
+        assert_eq!(queue::stop(second), 1);
         Ok(())
     }
 
+    /// G1: a watch goes on after a delivery.
     #[test]
-    fn watched_anew_after_delivery() -> Result {
+    fn queued_again_after_delivery() -> Result {
         let queue = new_queue()?;
         let map = Map::new(2)?;
         let watch = watch(&queue, &map, 0..2, 1)?;
 
         for page in 0..2 {
             map.unmap(page..page + 1)?;
-            let records = read(&queue, 1, 1)?;
-            assert_eq!(records[0], map.record(page..page + 1, 1, page as u64 + 1));
+            let events = read(&queue, 1, 1)?;
+            assert_eq!(events[0], map.event(page..page + 1, 1, page as u64 + 1));
         }
-        assert_eq!(queue::detach(watch), 2);
+        assert_eq!(queue::stop(watch), 2);
         Ok(())
     }
 
+    /// G3: what changes during the registration is queued when it is complete.
     #[test]
     fn born_stale() -> Result {
         let queue = new_queue()?;
         let map = Map::new(2)?;
-        let watch = register(&queue, &map, 0..2, 1)?;
+        let watch = start(&queue, &map, 0..2, 1)?;
 
         map.unmap(1..2)?;
         assert_eq!(generation(&queue), 0);
         assert_eq!(read(&queue, 1, 1).err(), Some(EAGAIN));
         watch.object().as_arc_borrow().go_live();
         assert_eq!(generation(&queue), 1);
-        assert_eq!(read(&queue, 1, 1)?[0], map.record(1..2, 1, 1));
-        assert_eq!(queue::detach(watch), 1);
+        // Without effect.
+        watch.object().as_arc_borrow().go_live();
+        assert_eq!(generation(&queue), 1);
+        assert_eq!(read(&queue, 1, 1)?[0], map.event(1..2, 1, 1));
+        assert_eq!(queue::stop(watch), 1);
         Ok(())
     }
 
+    /// G3: a registration that fails delivers nothing.
     #[test]
-    fn failed_registration_reports_nothing() -> Result {
+    fn failed_registration_is_quiet() -> Result {
         let queue = new_queue()?;
         let map = Map::new(1)?;
-        let watch = register(&queue, &map, 0..1, 1)?;
+        let watch = start(&queue, &map, 0..1, 1)?;
+        let object = watch.object().clone();
 
         map.unmap(0..1)?;
-        assert_eq!(queue::detach(watch), 0);
+        assert_eq!(queue::stop(watch), 0);
+        object.as_arc_borrow().go_live();
         assert_eq!(generation(&queue), 0);
         assert_eq!(read(&queue, 1, 1).err(), Some(EAGAIN));
         Ok(())
     }
 
+    /// G4: more events than are copied at once.
     #[test]
     fn more_than_a_batch() -> Result {
         const COUNT: usize = 40;
@@ -383,22 +435,27 @@ mod queue_and_watches {
             watches.push(watch, GFP_KERNEL)?;
         }
         map.unmap(0..COUNT)?;
-        // The first hit of one munmap() is that of any of them.
+        assert_eq!(generation(&queue), COUNT as u64);
+        // One munmap() calls the watches in any order.
         let mut seen = [false; COUNT];
+        let mut next = 1;
         for count in [33, COUNT - 33] {
-            let records = read(&queue, 33, 33)?;
-            assert_eq!(records.len(), count);
-            for record in &records {
-                seen[record.cookie as usize] = true;
+            let events = read(&queue, 33, 33)?;
+            assert_eq!(events.len(), count);
+            for event in &events {
+                seen[event.cookie as usize] = true;
+                assert_eq!(event.generation, next);
+                next += 1;
             }
         }
         assert_eq!(seen, [true; COUNT]);
         for watch in watches {
-            assert_eq!(queue::detach(watch), 1);
+            assert_eq!(queue::stop(watch), 1);
         }
         Ok(())
     }
 
+    /// G4: an event that could not be copied is still there, and not counted.
     #[test]
     fn fault_consumes_nothing() -> Result {
         let queue = new_queue()?;
@@ -410,49 +467,94 @@ mod queue_and_watches {
         map.unmap(1..2)?;
         assert_eq!(read(&queue, 2, 0).err(), Some(EFAULT));
         assert_eq!(read(&queue, 2, 1)?.len(), 1);
-        let records = read(&queue, 2, 2)?;
-        assert_eq!(records.len(), 1);
-        assert_eq!(records[0], map.record(1..2, 2, 2));
-        assert_eq!(queue::detach(first), 1);
-        assert_eq!(queue::detach(second), 1);
+        let events = read(&queue, 2, 2)?;
+        assert_eq!(events.len(), 1);
+        assert_eq!(events[0], map.event(1..2, 2, 2));
+        assert_eq!(queue::stop(first), 1);
+        assert_eq!(queue::stop(second), 1);
         Ok(())
     }
 
+    /// G4: after a fault the event still merges.
     #[test]
-    fn fault_that_stays_ends_by_a_signal() -> Result {
+    fn merge_after_fault() -> Result {
+        let queue = new_queue()?;
+        let map = Map::new(2)?;
+        let watch = watch(&queue, &map, 0..2, 1)?;
+
+        map.unmap(1..2)?;
+        assert_eq!(read(&queue, 1, 0).err(), Some(EFAULT));
+        map.unmap(0..1)?;
+        assert_eq!(generation(&queue), 1);
+        assert_eq!(read(&queue, 1, 1)?[0], map.event(0..2, 1, 1));
+        assert_eq!(queue::stop(watch), 1);
+        Ok(())
+    }
+
+    /// A buffer that is faulted in 16 times in vain is given up. G4: the event is not.
+    #[test]
+    fn faults_in_a_row_are_bounded() -> Result {
         let queue = new_queue()?;
         let map = Map::new(1)?;
         let watch = watch(&queue, &map, 0..1, 1)?;
+        let mut hopeless = Contended {
+            period: 18,
+            copies: 0,
+        };
 
         map.unmap(0..1)?;
-        assert_eq!(queue.read(1, true, &mut Stuck(0)).err(), Some(ERESTARTSYS));
+        assert_eq!(queue.read(1, true, &mut hopeless).err(), Some(EFAULT));
+        assert_eq!(hopeless.copies, 17);
         assert_eq!(read(&queue, 1, 1)?.len(), 1);
-        assert_eq!(queue::detach(watch), 1);
+        assert_eq!(queue::stop(watch), 1);
         Ok(())
     }
 
     #[test]
-    fn signal_does_not_end_a_read_half_way() -> Result {
+    fn faults_with_progress_are_not_bounded() -> Result {
         let queue = new_queue()?;
         let map = Map::new(2)?;
         let watches = [watch(&queue, &map, 0..1, 1)?, watch(&queue, &map, 1..2, 2)?];
+        let mut contended = Contended {
+            period: 17,
+            copies: 0,
+        };
 
         map.unmap(0..2)?;
-        assert_eq!(queue.read(2, true, &mut Contended(0))?, 2);
+        assert_eq!(queue.read(2, true, &mut contended)?, 2);
+        assert_eq!(contended.copies, 34);
         for watch in watches {
-            assert_eq!(queue::detach(watch), 1);
+            assert_eq!(queue::stop(watch), 1);
         }
         Ok(())
     }
 
+    /// G4: a signal ends a read() early, but loses nothing.
     #[test]
-    fn watch_fits_its_slab() {
-        // With the count of references. As the documentation says.
-        assert!(size_of::<Watch>() + size_of::<usize>() <= 192);
+    fn signal_after_progress() -> Result {
+        const COUNT: usize = 20;
+        let queue = new_queue()?;
+        let map = Map::new(COUNT)?;
+        let mut watches = KVec::with_capacity(COUNT, GFP_KERNEL)?;
+        let mut sink = Sink::new(COUNT, COUNT)?;
+
+        for page in 0..COUNT {
+            let watch = watch(&queue, &map, page..page + 1, page as u64)?;
+            watches.push(watch, GFP_KERNEL)?;
+        }
+        map.unmap(0..COUNT)?;
+        sink.interrupted = true;
+        assert_eq!(queue.read(COUNT, true, &mut sink)?, 16);
+        assert_eq!(read(&queue, COUNT, COUNT)?.len(), COUNT - 16);
+        for watch in watches {
+            assert_eq!(queue::stop(watch), 1);
+        }
+        Ok(())
     }
 
+    /// G8: dropping the registration is enough.
     #[test]
-    fn dropped_registration_leaves_the_queue() -> Result {
+    fn drop_dequeues() -> Result {
         let queue = new_queue()?;
         let map = Map::new(2)?;
         let watch = watch(&queue, &map, 0..2, 1)?;
@@ -463,25 +565,30 @@ mod queue_and_watches {
         Ok(())
     }
 
+    /// G5: a pending event is dropped and not counted.
     #[test]
-    fn detach_drops_what_is_pending() -> Result {
+    fn stop_dequeues() -> Result {
         let queue = new_queue()?;
         let map = Map::new(2)?;
         let watch = watch(&queue, &map, 0..2, 1)?;
+        let object = watch.object().clone();
 
         map.unmap(0..1)?;
-        assert_eq!(queue::detach(watch), 0);
+        assert_eq!(queue::stop(watch), 0);
+        object.as_arc_borrow().go_live();
         map.unmap(1..2)?;
         assert_eq!(generation(&queue), 1);
         assert_eq!(read(&queue, 1, 1).err(), Some(EAGAIN));
         Ok(())
     }
 
+    /// G8: a closed queue delivers nothing. Its watches can still be stopped, also after release.
     #[test]
     fn closed_queue() -> Result {
         let queue = new_queue()?;
         let map = Map::new(3)?;
         let watch = watch(&queue, &map, 0..3, 1)?;
+        let late = start(&queue, &map, 2..3, 2)?;
 
         map.unmap(0..1)?;
         assert_eq!(read(&queue, 1, 1)?.len(), 1);
@@ -490,23 +597,27 @@ mod queue_and_watches {
         queue.close();
         assert_eq!(generation(&queue), 3);
         map.unmap(2..3)?;
+        late.object().as_arc_borrow().go_live();
         assert_eq!(generation(&queue), 3);
         assert_eq!(read(&queue, 1, 1).err(), Some(EIO));
-        assert_eq!(register(&queue, &map, 0..1, 2).err(), Some(EIO));
-        assert_eq!(queue::detach(watch), 1);
+        assert_eq!(start(&queue, &map, 0..1, 3).err(), Some(EIO));
+        queue.release();
+        assert!(queue.with_page(|page| page.is_none()));
+        assert_eq!(queue::stop(watch), 1);
+        assert_eq!(queue::stop(late), 0);
         Ok(())
     }
 
     #[test]
     fn refused_ranges() -> Result {
         let queue = new_queue()?;
-        let try_watch = |range| {
-            Watch::new(queue.as_arc_borrow(), mm_of(current!())?, range, 0).map(queue::detach)
+        let try_start = |range| {
+            Watch::start(queue.as_arc_borrow(), mm_of(current!())?, range, 0).map(queue::stop)
         };
 
-        assert_eq!(try_watch(PAGE_SIZE..PAGE_SIZE), Err(EINVAL));
-        assert_eq!(try_watch(PAGE_SIZE..usize::MAX), Err(EINVAL));
-        assert_eq!(try_watch(PAGE_SIZE..PAGE_SIZE + 1), Ok(0));
+        assert_eq!(try_start(PAGE_SIZE..PAGE_SIZE), Err(EINVAL));
+        assert_eq!(try_start(PAGE_SIZE..usize::MAX), Err(EINVAL));
+        assert_eq!(try_start(PAGE_SIZE..PAGE_SIZE + 1), Ok(0));
         Ok(())
     }
 }
