@@ -488,3 +488,353 @@ pub fn prepare(mm: &MmWithUser) -> Result {
     // this only sets up the tree, as `mmu_interval_notifier_insert()` does.
     to_result(unsafe { bindings::mmu_notifier_register(core::ptr::null_mut(), mm.as_raw()) })
 }
+
+#[cfg(CONFIG_RUST_MM_INTERVAL_NOTIFIER_KUNIT_TEST)]
+#[macros::kunit_tests(rust_mm_interval_notifier)]
+mod tests {
+    use super::*;
+    use crate::{
+        new_spinlock,
+        page::PAGE_SIZE,
+        sync::{
+            aref::ARef,
+            Completion,
+            SpinLock, //
+        },
+        task::cond_resched,
+        workqueue, //
+    };
+
+    #[derive(Clone, Copy, Default)]
+    struct Seen {
+        calls: u32,
+        last: Option<(Event, usize, usize)>,
+        removed: u32,
+        /// Callbacks do not return.
+        hold: bool,
+        inside: u32,
+    }
+
+    /// Records its callbacks.
+    #[pin_data]
+    struct Recorder {
+        #[pin]
+        notifier: IntervalNotifier<Self>,
+        #[pin]
+        seen: SpinLock<Seen>,
+    }
+
+    impl_has_interval_notifier! {
+        impl HasIntervalNotifier for Recorder { self.notifier }
+    }
+
+    impl IntervalNotifierCallback for Recorder {
+        fn invalidate(this: ArcBorrow<'_, Self>, invalidation: &Invalidation) {
+            let Range { start, end } = invalidation.range();
+            {
+                let mut seen = this.seen.lock();
+                seen.calls += 1;
+                seen.last = Some((invalidation.event(), start, end));
+                seen.inside += 1;
+            }
+            // For this test alone: a callback must not sleep, but these invalidations may.
+            while this.seen.lock().hold {
+                cond_resched();
+            }
+            this.seen.lock().inside -= 1;
+        }
+
+        fn removed(this: ArcBorrow<'_, Self>) {
+            this.seen.lock().removed += 1;
+        }
+    }
+
+    impl Recorder {
+        fn new() -> Result<Pin<UniqueArc<Self>>> {
+            UniqueArc::pin_init(
+                pin_init!(Self {
+                    notifier <- IntervalNotifier::new(),
+                    seen <- new_spinlock!(Seen::default()),
+                }),
+                GFP_KERNEL,
+            )
+        }
+
+        fn insert(mm: &MmWithUser, range: Range<usize>) -> Result<Registration<Self>> {
+            Registration::insert(Self::new()?, mm, range)
+        }
+
+        fn seen(&self) -> Seen {
+            *self.seen.lock()
+        }
+    }
+
+    /// An invalidation that is running.
+    struct Running {
+        range: bindings::mmu_notifier_range,
+        // Keeps the pointer in `range` valid.
+        _mm: ARef<MmWithUser>,
+    }
+
+    // SAFETY: An invalidation can be ended by any thread.
+    unsafe impl Send for Running {}
+
+    impl Running {
+        /// Begins an invalidation, which calls back.
+        fn begin(mm: &MmWithUser, event: Event, range: Range<usize>) -> Self {
+            let mut range = bindings::mmu_notifier_range {
+                mm: mm.as_raw(),
+                start: range.start,
+                end: range.end,
+                flags: bindings::MMU_NOTIFIER_RANGE_BLOCKABLE,
+                event: event.as_raw(),
+                owner: core::ptr::null_mut(),
+            };
+
+            // SAFETY: The range is that of a valid `mm`, whose notifier tree has been set up.
+            unsafe { bindings::__mmu_notifier_invalidate_range_start(&mut range) };
+            Self {
+                range,
+                _mm: mm.into(),
+            }
+        }
+
+        fn end(mut self) {
+            // SAFETY: The invalidation of this range was begun and not ended.
+            unsafe { bindings::__mmu_notifier_invalidate_range_end(&mut self.range) };
+        }
+    }
+
+    /// Returns the address space of the test, with a notifier tree.
+    fn mm() -> Result<ARef<MmWithUser>> {
+        // SAFETY: Always safe to call in a thread of KUnit.
+        to_result(unsafe { bindings::kunit_attach_mm() })?;
+
+        let mm = ARef::from(current!().mm().ok_or(EINVAL)?);
+        prepare(&mm)?;
+        Ok(mm)
+    }
+
+    fn pages(pages: Range<usize>) -> Range<usize> {
+        pages.start * PAGE_SIZE..pages.end * PAGE_SIZE
+    }
+
+    #[test]
+    fn event_and_range() -> Result {
+        let mm = mm()?;
+        let registration = Recorder::insert(&mm, pages(4..8))?;
+        let recorder = registration.object();
+
+        registration.wait_for_in_flight();
+        assert_eq!(recorder.seen().calls, 0);
+
+        // Not clipped.
+        Running::begin(&mm, Event::CLEAR, pages(7..9)).end();
+        assert_eq!(recorder.seen().calls, 1);
+        assert!(recorder.seen().last == Some((Event::CLEAR, 7 * PAGE_SIZE, 9 * PAGE_SIZE)));
+
+        Running::begin(&mm, Event::RELEASE, 0..usize::MAX).end();
+        assert_eq!(recorder.seen().calls, 2);
+        assert!(recorder.seen().last == Some((Event::RELEASE, 0, usize::MAX)));
+        Ok(())
+    }
+
+    #[test]
+    fn neighbours_do_not_call_back() -> Result {
+        let mm = mm()?;
+        let registration = Recorder::insert(&mm, pages(4..8))?;
+
+        Running::begin(&mm, Event::UNMAP, pages(0..4)).end();
+        Running::begin(&mm, Event::UNMAP, pages(8..9)).end();
+        assert_eq!(registration.object().seen().calls, 0);
+        Running::begin(&mm, Event::UNMAP, pages(3..5)).end();
+        assert_eq!(registration.object().seen().calls, 1);
+        Ok(())
+    }
+
+    #[test]
+    fn all_that_overlap_are_called() -> Result {
+        let mm = mm()?;
+        let [first, second] = [pages(1..3), pages(2..4)].map(|range| Recorder::insert(&mm, range));
+        let (first, second) = (first?, second?);
+
+        Running::begin(&mm, Event::UNMAP, pages(2..3)).end();
+        assert_eq!(first.object().seen().calls, 1);
+        assert_eq!(second.object().seen().calls, 1);
+        drop(first);
+        Running::begin(&mm, Event::UNMAP, pages(2..3)).end();
+        assert_eq!(second.object().seen().calls, 2);
+        Ok(())
+    }
+
+    #[test]
+    fn unmap_calls_back() -> Result {
+        let mm = mm()?;
+        // SAFETY: This maps and unmaps pages that nobody else uses.
+        let addr = unsafe {
+            bindings::vm_mmap(
+                core::ptr::null_mut(),
+                0,
+                2 * PAGE_SIZE,
+                bindings::PROT_READ as usize,
+                (bindings::MAP_PRIVATE | bindings::MAP_ANONYMOUS) as usize,
+                0,
+            )
+        };
+        let registration = Recorder::insert(&mm, addr..addr + PAGE_SIZE)?;
+
+        // SAFETY: As above.
+        to_result(unsafe { bindings::vm_munmap(addr, 2 * PAGE_SIZE) })?;
+        assert!(
+            registration.object().seen().last == Some((Event::UNMAP, addr, addr + 2 * PAGE_SIZE))
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn empty_range_is_refused() -> Result {
+        let mm = mm()?;
+
+        assert_eq!(
+            Recorder::insert(&mm, PAGE_SIZE..PAGE_SIZE).err(),
+            Some(EOVERFLOW)
+        );
+        assert_eq!(
+            Recorder::insert(
+                &mm,
+                Range {
+                    start: PAGE_SIZE,
+                    end: 0
+                }
+            )
+            .err(),
+            Some(EOVERFLOW)
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn remove_returns_the_object() -> Result {
+        let mm = mm()?;
+        let registration = Recorder::insert(&mm, pages(1..2))?;
+        let recorder = registration.object().clone();
+        let removed = registration.remove();
+
+        assert!(Arc::ptr_eq(&recorder, &removed));
+        assert_eq!(removed.seen().removed, 1);
+        Running::begin(&mm, Event::UNMAP, pages(1..2)).end();
+        assert_eq!(removed.seen().calls, 0);
+        Ok(())
+    }
+
+    #[test]
+    fn foreign_ownable() -> Result {
+        let mm = mm()?;
+        let ptr = Recorder::insert(&mm, pages(1..2))?.into_foreign();
+
+        Running::begin(&mm, Event::UNMAP, pages(1..2)).end();
+        // SAFETY: The pointer comes from `into_foreign()` and is used for the last time below.
+        let recorder =
+            Arc::from(unsafe { <Registration<Recorder> as ForeignOwnable>::borrow(ptr) });
+        assert_eq!(recorder.seen().calls, 1);
+        assert_eq!(recorder.seen().removed, 0);
+        // SAFETY: As above.
+        drop(unsafe { <Registration<Recorder> as ForeignOwnable>::from_foreign(ptr) });
+        assert_eq!(recorder.seen().removed, 1);
+        Ok(())
+    }
+
+    /// An insertion while an invalidation calls back is deferred until it ends.
+    #[test]
+    fn deferred_insertion() -> Result {
+        let mm = mm()?;
+        let other = Recorder::insert(&mm, pages(1..2))?;
+        let running = Running::begin(&mm, Event::UNMAP, pages(1..2));
+        let registration = Recorder::insert(&mm, pages(1..2))?;
+
+        Running::begin(&mm, Event::UNMAP, pages(1..2)).end();
+        assert_eq!(other.object().seen().calls, 2);
+        assert_eq!(registration.object().seen().calls, 0);
+
+        // Does not wait.
+        let dropped = Recorder::insert(&mm, pages(1..2))?.remove();
+        assert_eq!(dropped.seen().removed, 1);
+
+        running.end();
+        Running::begin(&mm, Event::UNMAP, pages(1..2)).end();
+        assert_eq!(registration.object().seen().calls, 1);
+        assert_eq!(dropped.seen().calls, 0);
+        Ok(())
+    }
+
+    /// `prepare()` does not wait for invalidations.
+    #[test]
+    fn prepare_does_not_wait() -> Result {
+        let mm = mm()?;
+        let registration = Recorder::insert(&mm, pages(1..2))?;
+        let running = Running::begin(&mm, Event::UNMAP, pages(1..2));
+
+        prepare(&mm)?;
+        running.end();
+        assert_eq!(registration.object().seen().calls, 1);
+        Ok(())
+    }
+
+    #[test]
+    fn wait_for_in_flight() -> Result {
+        let mm = mm()?;
+        let ended = Arc::pin_init(new_spinlock!(false), GFP_KERNEL)?;
+        let waiting = Arc::pin_init(Completion::new(), GFP_KERNEL)?;
+        let running = Running::begin(&mm, Event::UNMAP, pages(0..9));
+        let registration = Recorder::insert(&mm, pages(1..2))?;
+
+        {
+            let (ended, waiting) = (ended.clone(), waiting.clone());
+            workqueue::system_unbound().try_spawn(GFP_KERNEL, move || {
+                waiting.wait_for_completion();
+                *ended.lock() = true;
+                running.end();
+            })?;
+        }
+        waiting.complete_all();
+        registration.wait_for_in_flight();
+        assert!(*ended.lock());
+        assert_eq!(registration.object().seen().calls, 0);
+        Ok(())
+    }
+
+    /// Dropping a registration waits for a callback that runs.
+    #[test]
+    fn drop_while_callback_runs() -> Result {
+        let mm = mm()?;
+        let registration = Recorder::insert(&mm, pages(1..2))?;
+        let recorder = registration.object().clone();
+        let done = Arc::pin_init(Completion::new(), GFP_KERNEL)?;
+
+        recorder.seen.lock().hold = true;
+        {
+            let (mm, done) = (mm.clone(), done.clone());
+            workqueue::system_unbound().try_spawn(GFP_KERNEL, move || {
+                Running::begin(&mm, Event::UNMAP, pages(1..2)).end();
+                drop(mm);
+                done.complete_all();
+            })?;
+        }
+        while recorder.seen().inside == 0 {
+            cond_resched();
+        }
+        {
+            let recorder = recorder.clone();
+            workqueue::system_unbound()
+                .try_spawn(GFP_KERNEL, move || recorder.seen.lock().hold = false)?;
+        }
+        drop(registration);
+
+        let seen = recorder.seen();
+        assert_eq!(seen.inside, 0);
+        assert_eq!(seen.removed, 1);
+        done.wait_for_completion();
+        assert_eq!(recorder.seen().calls, 1);
+        Ok(())
+    }
+}
