@@ -2,6 +2,9 @@
 # The front door; scripts/ does the work and can be called directly.
 O ?= release
 export O CMD
+FOR = demo
+check check-full: FOR = check
+mutants host-test: FOR = test
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -26,11 +29,12 @@ boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|debu
 	@scripts/boot "$$O" boot "$$CMD"
 build: tree ## build the kernel O=release|debug
 	@scripts/build "$$O"
-tree: setup ## bring build/linux to Linux plus the series
+tree: ## bring build/linux to Linux plus the series
+	@scripts/setup $(FOR)
 	@scripts/tree
 refresh: ## export the commits of build/linux to patches/linux
 	@scripts/refresh
-setup: ## install what is missing
+setup: ## install what all of these need
 	@scripts/setup
 clean: ## remove the kernels and programs built, not the source tree
 	rm -rf build/release build/debug build/off build/each* build/mutate* build/headers build/cargo build/out
