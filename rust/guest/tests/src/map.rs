@@ -12,6 +12,7 @@ use std::{
     ops::Range,
     os::fd::{AsFd, OwnedFd},
     ptr,
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 /// The size of a page.
@@ -23,6 +24,10 @@ pub const PAGE: usize = 4096;
 /// It is never unmapped by itself: a test decides when the mapping changes, and
 /// what is unmapped twice may be somebody else's. The end of the process takes
 /// the rest.
+///
+/// It is far below where the kernel places what has no address of its own. So nothing
+/// else comes to be where a test has unmapped watched memory, such as the stack of a
+/// thread, or of a process that is being spawned, whose end would be reported.
 #[derive(Clone, Copy, Debug)]
 pub struct Map {
     addr: usize,
@@ -46,15 +51,16 @@ impl Map {
 
     /// Maps `pages` anonymous pages.
     pub fn anonymous(pages: usize, flags: MapFlags) -> Self {
-        // SAFETY: A new mapping, at an address of the kernel's choice.
-        let addr = unsafe { map(ptr::null_mut(), pages, flags) };
+        // SAFETY: A new mapping, which replaces none.
+        let addr = unsafe { map(place(pages), pages, flags | MapFlags::FIXED_NOREPLACE) };
         Self::existing(addr)
     }
 
     /// Maps the first `pages` pages of a file.
     pub fn of_file(file: impl AsFd, pages: usize, flags: MapFlags) -> Self {
-        let (addr, protection) = (ptr::null_mut(), ProtFlags::READ | ProtFlags::WRITE);
-        // SAFETY: A new mapping, at an address of the kernel's choice.
+        let (addr, protection) = (place(pages), ProtFlags::READ | ProtFlags::WRITE);
+        let flags = flags | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: A new mapping, which replaces none.
         let addr = unsafe { rustix::mm::mmap(addr, pages * PAGE, protection, flags, file, 0) };
         Self::existing(addr.expect("mmap of a file"))
     }
@@ -128,6 +134,16 @@ impl Map {
     pub fn void(self, page: usize) -> *mut c_void {
         self.at(page).cast()
     }
+}
+
+/// Where the next map of `pages` pages begins: behind the last one, not adjacent to it,
+/// and aligned if it may have huge pages.
+fn place(pages: usize) -> *mut c_void {
+    const HUGE: usize = 512;
+    static NEXT: AtomicUsize = AtomicUsize::new((64 << 30) / PAGE);
+    let align = if pages < HUGE { 1 } else { HUGE };
+    let next = NEXT.fetch_add(pages + align, Ordering::Relaxed);
+    ptr::with_exposed_provenance_mut(next.next_multiple_of(align) * PAGE)
 }
 
 /// # Safety

@@ -22,9 +22,6 @@ use std::{
 
 /// Runs `run`, which must come to an end: it is no matter when, but a test that
 /// hangs is to say what hangs.
-///
-/// Not by a thread: that would map and unmap memory of its own, which may be where a
-/// test has just unmapped what is watched, and be reported.
 #[track_caller]
 pub fn within<T>(what: &str, run: impl FnOnce() -> T) -> T {
     let caller = std::panic::Location::caller();

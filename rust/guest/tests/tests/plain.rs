@@ -1,8 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Plain regions go on as before.
 
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+use std::ptr;
 use uverbs_mmu_notify::{MrArgs, Request, sys::uapi::*, wc_status_str};
 use uverbs_mmu_notify_tests::*;
+
+/// What the tests rely on that count exactly: where a map was, nothing is mapped but by
+/// its address. A stack of a new thread or process would be.
+#[test]
+fn hole_stays() {
+    let map = Map::new(64);
+    map.unmap(0..64);
+    let hole = map.at(0)..map.at(64);
+    for pages in 1..=64 {
+        let (len, protection) = (pages * PAGE, ProtFlags::READ | ProtFlags::WRITE);
+        // SAFETY: A new mapping, at an address of the kernel's choice.
+        let addr = unsafe { mmap_anonymous(ptr::null_mut(), len, protection, MapFlags::PRIVATE) };
+        let start = addr.expect("mmap").cast::<u8>();
+        assert!(
+            start.wrapping_byte_add(len) <= hole.start || start >= hole.end,
+            "{pages} pages at {start:?}, in the hole {hole:?}"
+        );
+    }
+}
 
 /// G7: regions by `ibv_reg_mr` are not reported.
 #[test]
