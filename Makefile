@@ -37,6 +37,6 @@ refresh: ## export the commits of build/linux to patches/linux
 setup: ## install what all of these need
 	@scripts/setup
 clean: ## remove the kernels and programs built, not the source tree
-	rm -rf build/release build/debug build/off build/each* build/mutate* build/headers build/cargo build/out
+	rm -rf build/release build/debug build/off build/each* build/mutate* build/headers build/cargo build/bare build/out
 
 .PHONY: help demo test check check-full mutants bench stress host-test boot build tree refresh setup clean
