@@ -6,19 +6,25 @@
 //!
 //! 1. Before REG_MR is called, the cookie already resolves to the object that
 //!    carries the stale flag: events may be read before REG_MR returns.
-//! 2. A look-up holds the cache's lock. It loads the generation, with acquire
-//!    order; if that is not the `applied` one, it reads without waiting and
-//!    marks the objects of the cookies stale, for as long as the batches are
-//!    full; then `applied` becomes the larger of the generation that it loaded
-//!    and the newest event's. Reading, marking and publishing `applied` are one
-//!    step under the lock: whoever sees the new `applied` sees the flags.
-//! 3. Only then it finds the entry and tests its flag. A new entry's flag is
+//! 2. A look-up loads the generation, with acquire order. If that is not the
+//!    `applied` one, events are read until `EAGAIN`, the objects of their cookies
+//!    are marked stale, and then `applied` becomes the larger of the loaded
+//!    generation and the newest event's. A count says only how many events were
+//!    copied: fewer than there is room for does not mean that none is left.
+//! 3. Reading, marking and publishing `applied` are one critical section of one
+//!    lock, the reader's. An event that was read elsewhere and is not marked yet
+//!    would be taken for applied.
+//! 4. Only then it finds the entry and tests its flag. A new entry's flag is
 //!    tested in the same way when it is inserted.
-//! 4. Deregistration returns how many events of the region were read. What is
-//!    more than were seen is still in some thread's buffer, and the object
-//!    stays until they are seen.
+//! 5. Deregistration needs neither that lock nor a wait for the reader. It
+//!    returns how many events of the region were read. Those that are not marked
+//!    yet are in the reader's hands, and the object stays until they are.
 //!
-//! So a hit is one load and no system call. What is stale on its return became
+//! Either the look-up reads ([`Cache::lookup`]), or a progress thread does
+//! ([`Cache::drain`]). A look-up then waits for it, or takes a miss
+//! ([`Cache::try_lookup`]).
+//!
+//! A hit is one load and no system call. What is stale on its return became
 //! so after the look-up; a program that changes the mapping of a buffer while
 //! it communicates from it has no valid answer anyway.
 //!
@@ -40,20 +46,25 @@
 //! # }
 //! ```
 
-use crate::{
-    mr::{Mr, MrArgs, Pd},
-    queue::{Event, GenerationPage, NotifyQueue},
-};
+mod verbs;
+
+pub use verbs::Verbs;
+
+use crate::queue::Event;
+#[cfg(not(test))]
+use std::sync;
 use std::{
     collections::{BTreeMap, HashMap},
     io,
     ops::Range,
-    ptr,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::PoisonError,
 };
+use sync::{
+    Arc, Mutex, MutexGuard,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
+#[cfg(test)]
+use tests::sync;
 
 const BATCH: usize = 64;
 /// A registration may itself change the mapping, by breaking the sharing of a
@@ -66,8 +77,8 @@ pub trait Backend {
     type Mr;
     /// Loads the generation with acquire order.
     fn generation(&self) -> u64;
-    /// Reads events without waiting and returns how many; fewer than there is
-    /// room for means that the queue was empty at that moment.
+    /// Reads events without waiting and returns how many. Only `EAGAIN`
+    /// (`WouldBlock`) says that none is left.
     fn read(&self, events: &mut [Event]) -> io::Result<usize>;
     /// Registers the region of these addresses (the end is exclusive), watched.
     fn register(&self, range: &Range<u64>, cookie: u64) -> io::Result<Self::Mr>;
@@ -136,11 +147,14 @@ pub struct Reaped {
     pub events: u64,
 }
 
-/// A registration cache, for any number of threads. It must be the only reader
-/// of its queue.
+/// A registration cache, for any number of threads. Nothing else may read its
+/// queue.
 pub struct Cache<B: Backend> {
     backend: B,
-    /// The generation up to which all events are marked; stored under the lock.
+    /// The reader's lock. Taken before that of `state`, and held while events
+    /// are read, so that only readers wait for the kernel.
+    reader: Mutex<()>,
+    /// The generation up to which all events are marked; stored by the reader.
     applied: AtomicU64,
     state: Mutex<State<B::Mr>>,
 }
@@ -150,6 +164,7 @@ impl<B: Backend> Cache<B> {
     pub fn new(backend: B) -> Self {
         Self {
             backend,
+            reader: Mutex::new(()),
             applied: AtomicU64::new(0),
             state: Mutex::new(State {
                 objects: HashMap::new(),
@@ -180,20 +195,60 @@ impl<B: Backend> Cache<B> {
         Err(io::ErrorKind::WouldBlock.into())
     }
 
-    /// The cached registration that covers `range`. Of several that begin at
-    /// or before it, only the one that begins last is considered.
+    /// The cached registration that covers `range`, after the pending events
+    /// have been applied. Of several that begin at or before it, only the one
+    /// that begins last is considered.
     ///
-    /// Fails as read() does: `EIO` if the device is gone.
+    /// Fails as read() does: `EIO` if the device is gone. No entry can be
+    /// trusted then.
     pub fn lookup(&self, range: &Range<u64>) -> io::Result<Option<Arc<Entry<B::Mr>>>> {
-        let mut state = self.lock();
-        self.drain(&mut state)?;
-        Ok(state.find(range))
+        self.drain()?;
+        Ok(self.lock().find(range))
+    }
+
+    /// As [`Cache::lookup`], but takes a miss while events wait to be applied,
+    /// which is for a progress thread to do. Makes no system call.
+    pub fn try_lookup(&self, range: &Range<u64>) -> Option<Arc<Entry<B::Mr>>> {
+        self.is_applied().then(|| self.lock().find(range)).flatten()
+    }
+
+    /// Reads and applies all pending events. A progress thread calls it when
+    /// poll() says that there are some; it fails as [`Cache::lookup`] does.
+    pub fn drain(&self) -> io::Result<()> {
+        if self.is_applied() {
+            return Ok(());
+        }
+        let _reader = lock(&self.reader);
+        // What is queued later may be missed below, and is not applied then.
+        let mut newest = self.backend.generation();
+        if newest == self.applied.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut events = [Event::default(); BATCH];
+        loop {
+            let count = match self.backend.read(&mut events) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                result => result?,
+            };
+            let mut state = self.lock();
+            for event in &events[..count] {
+                state.mark(event.cookie);
+                newest = newest.max(event.generation);
+            }
+        }
+        self.applied.store(newest, Ordering::Release);
+        Ok(())
     }
 
     /// Whether `entry` would be found now. Takes no lock, and may deny it for
     /// one that would, never the reverse: a `false` calls for a look-up.
     pub fn is_current(&self, entry: &Entry<B::Mr>) -> bool {
-        self.backend.generation() == self.applied.load(Ordering::Acquire) && !entry.is_stale()
+        self.is_applied() && !entry.is_stale()
+    }
+
+    /// Whether all events up to now are marked.
+    fn is_applied(&self) -> bool {
+        self.backend.generation() == self.applied.load(Ordering::Acquire)
     }
 
     /// Takes `entry` out of the cache, as if it were stale.
@@ -241,8 +296,8 @@ impl<B: Backend> Cache<B> {
             stale,
         });
 
+        let drained = self.drain();
         let mut state = self.lock();
-        let drained = self.drain(&mut state);
         if drained.is_err() || entry.is_stale() {
             state.retired.push(entry);
             return drained.map(|()| None);
@@ -253,30 +308,14 @@ impl<B: Backend> Cache<B> {
         Ok(Some(entry))
     }
 
-    fn drain(&self, state: &mut State<B::Mr>) -> io::Result<()> {
-        let mut newest = self.backend.generation();
-        if newest == self.applied.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        let mut events = [Event::default(); BATCH];
-        loop {
-            let count = self.backend.read(&mut events)?;
-            for event in &events[..count] {
-                state.mark(event.cookie);
-                newest = newest.max(event.generation);
-            }
-            if count < BATCH {
-                break;
-            }
-        }
-        self.applied.store(newest, Ordering::Release);
-        Ok(())
-    }
-
     fn lock(&self) -> MutexGuard<'_, State<B::Mr>> {
-        // Nothing panics between two changes that belong together.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing panics between two changes that belong together.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<M> State<M> {
@@ -293,7 +332,9 @@ impl<M> State<M> {
     }
 
     fn mark(&mut self, cookie: u64) {
-        if let Some(object) = self.objects.get_mut(&cookie) {
+        let object = self.objects.get_mut(&cookie);
+        debug_assert!(object.is_some(), "an event of an object that is gone");
+        if let Some(object) = object {
             object.stale.store(true, Ordering::Release);
             object.seen = object.seen.wrapping_add(1);
             self.drop_if_settled(cookie);
@@ -332,60 +373,6 @@ impl<M> State<M> {
         self.retired
             .extract_if(.., |entry| Arc::get_mut(entry).is_some())
             .collect()
-    }
-}
-
-/// The kernel, by the verbs of this crate.
-pub struct Verbs {
-    pd: Arc<Pd>,
-    queue: NotifyQueue,
-    page: GenerationPage,
-}
-
-impl Verbs {
-    /// Makes the queue. `EPROTONOSUPPORT` if the kernel cannot watch.
-    ///
-    /// # Safety
-    ///
-    /// What [`Mr::reg`] asks for holds for every range that the cache is asked
-    /// to register.
-    pub unsafe fn new(pd: &Arc<Pd>) -> io::Result<Self> {
-        let queue = NotifyQueue::alloc(pd.context())?;
-        queue.set_nonblocking(true)?;
-        let page = queue.generation_page()?;
-        let pd = pd.clone();
-        Ok(Self { pd, queue, page })
-    }
-}
-
-impl Backend for Verbs {
-    type Mr = Mr;
-
-    fn generation(&self) -> u64 {
-        self.page.load()
-    }
-
-    fn read(&self, events: &mut [Event]) -> io::Result<usize> {
-        match self.queue.read(events) {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
-            result => result,
-        }
-    }
-
-    fn register(&self, range: &Range<u64>, cookie: u64) -> io::Result<Mr> {
-        let addr = ptr::with_exposed_provenance(range.start as usize);
-        let length = range.end.saturating_sub(range.start) as usize;
-        // SAFETY: By the contract of `new`.
-        unsafe {
-            Mr::reg(
-                &self.pd,
-                &MrArgs::new(addr, length).watched(&self.queue, cookie),
-            )
-        }
-    }
-
-    fn deregister(&self, mr: &mut Mr) -> io::Result<u32> {
-        mr.destroy()
     }
 }
 

@@ -53,9 +53,9 @@ impl NotifyQueue {
         Ok(fcntl_setfl(self, flags)?)
     }
 
-    /// Reads events and returns how many. Fewer than asked for means that the
-    /// queue was empty at that moment. It fails without consuming anything:
-    /// `EAGAIN`, `EINTR`, `EIO`, `EPERM`, `EINVAL` if there is no room.
+    /// Reads events and returns how many. Only `EAGAIN` (`WouldBlock`) says that
+    /// none is left; fewer than asked for does not. It fails without consuming
+    /// anything: `EAGAIN`, `EINTR`, `EIO`, `EPERM`, `EINVAL` if there is no room.
     pub fn read(&self, events: &mut [Event]) -> io::Result<usize> {
         // SAFETY: An event is 40 bytes without padding, valid whatever they
         // are, so its bytes may be written one by one.
@@ -65,14 +65,14 @@ impl NotifyQueue {
         Ok(read(self, bytes)? / size_of::<Event>())
     }
 
-    /// Reads until a batch is short, and yields event by event. The queue must
-    /// be non-blocking; an empty one yields nothing.
+    /// Reads until `EAGAIN`, and yields event by event; ends after another error
+    /// too. The queue must be non-blocking.
     pub fn events(&self) -> Events<'_> {
         Events {
-            queue: self,
+            queue: Some(self),
             batch: [Event::default(); BATCH],
-            next: BATCH,
-            len: BATCH,
+            next: 0,
+            len: 0,
         }
     }
 
@@ -126,7 +126,8 @@ const BATCH: usize = 16;
 
 /// The events of a queue, see [`NotifyQueue::events`].
 pub struct Events<'a> {
-    queue: &'a NotifyQueue,
+    /// `None` after an error.
+    queue: Option<&'a NotifyQueue>,
     batch: [Event; BATCH],
     next: usize,
     len: usize,
@@ -136,15 +137,14 @@ impl Iterator for Events<'_> {
     type Item = io::Result<Event>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.next == BATCH {
+        if self.next == self.len {
             self.next = 0;
-            self.len = match self.queue.read(&mut self.batch) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => 0,
-                Err(e) => {
-                    self.len = 0;
-                    return Some(Err(e));
-                }
+            self.len = match self.queue?.read(&mut self.batch) {
                 Ok(count) => count,
+                Err(e) => {
+                    (self.queue, self.len) = (None, 0);
+                    return (e.kind() != io::ErrorKind::WouldBlock).then_some(Err(e));
+                }
             };
         }
         let event = self.batch[..self.len].get(self.next)?;
