@@ -3,6 +3,8 @@
 
 pub mod sync;
 
+mod concurrent;
+
 use super::*;
 use std::{cell::RefCell, collections::VecDeque, rc::Rc};
 
