@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The cache's rules, with a kernel whose events the test decides.
 
-pub mod sync;
-
 mod concurrent;
+mod random;
+pub mod sync;
 
 use super::*;
 use std::{cell::RefCell, collections::VecDeque, rc::Rc};
