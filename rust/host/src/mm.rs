@@ -86,7 +86,7 @@ impl Mm {
         let mut tree = self.tree.lock().unwrap();
 
         tree.active -= 1;
-        if tree.active == 0 && tree.seq % 2 == 1 {
+        if tree.active == 0 && !tree.seq.is_multiple_of(2) {
             tree.seq += 1;
             for change in core::mem::take(&mut tree.deferred) {
                 match change {
@@ -126,7 +126,7 @@ impl Mm {
             callback,
         };
 
-        if tree.seq % 2 == 1 {
+        if !tree.seq.is_multiple_of(2) {
             check::insertion_deferred();
             tree.deferred.push(Deferred::Insert(node));
         } else {
@@ -153,7 +153,7 @@ impl Mm {
 
         let mut tree = self.tree.lock().unwrap();
 
-        if tree.seq % 2 == 0 {
+        if tree.seq.is_multiple_of(2) {
             tree.nodes.retain(|node| node.id != id);
             return;
         }

@@ -64,7 +64,7 @@ pub mod atomic {
     pub trait AtomicType: Copy {
         type Atomic;
 
-        fn new(self) -> Self::Atomic;
+        fn new(value: Self) -> Self::Atomic;
         fn load(atomic: &Self::Atomic, ordering: Ordering) -> Self;
         fn store(self, atomic: &Self::Atomic, ordering: Ordering);
         fn xchg(self, atomic: &Self::Atomic, ordering: Ordering) -> Self;
@@ -76,8 +76,8 @@ pub mod atomic {
             $(impl AtomicType for $type {
                 type Atomic = $atomic;
 
-                fn new(self) -> $atomic {
-                    <$atomic>::new(self)
+                fn new(value: $type) -> $atomic {
+                    <$atomic>::new(value)
                 }
 
                 fn load(atomic: &$atomic, ordering: Ordering) -> $type {
@@ -104,7 +104,7 @@ pub mod atomic {
 
     impl<T: AtomicType> Atomic<T> {
         pub fn new(value: T) -> Self {
-            Self(value.new())
+            Self(T::new(value))
         }
 
         pub fn load<O: AcquireOrRelaxed>(&self, _: O) -> T {
