@@ -101,8 +101,10 @@ impl Setup {
 
     /// Reads until `EAGAIN`, as the contract demands.
     fn drain(&self) -> Vec<Record> {
-        let mut sink = Sink::default();
+        self.drain_to(Sink::default())
+    }
 
+    fn drain_to(&self, mut sink: Sink) -> Vec<Record> {
         while let Ok(count) = self.queue.read(usize::MAX, true, &mut sink) {
             assert_ne!(count, 0);
         }
@@ -160,6 +162,11 @@ impl Buffer for Sink {
             .map_or(0, |stopped| stopped.load(SeqCst));
 
         assert!(records.iter().all(|record| record.cookie >= stopped as u64));
+        assert!(
+            records
+                .iter()
+                .all(|record| record.reasons != 0 && record.start < record.end)
+        );
         self.records.extend(records);
         Ok(())
     }
@@ -319,13 +326,16 @@ struct Cache {
 
 impl Cache {
     /// Reads until `EAGAIN`, marks, publishes: as the only reader.
-    fn apply(&self, setup: &Setup) -> usize {
+    fn apply(&self, setup: &Setup, fault: Fault) -> usize {
         let generation = setup.generation.load();
 
         if generation == self.applied.load(Relaxed) {
             return 0;
         }
-        let records = setup.drain();
+        let records = setup.drain_to(Sink {
+            fault,
+            ..Sink::default()
+        });
         let newest = records.last().map_or(0, |record| record.generation);
 
         for _ in &records {
@@ -347,7 +357,7 @@ impl Cache {
 /// has applied, or the entry stale. This also holds for an invalidation that merges.
 ///
 /// The second invalidation is the `last` one: of pages that the first one covers, or not.
-fn no_stale_hit(last: fn() -> Range<usize>, born_stale: bool) {
+fn no_stale_hit(last: fn() -> Range<usize>, fault: fn() -> Fault, born_stale: bool) {
     let results = check::model(Some(3), move || {
         let setup = Setup::new();
         let cache = sync::Arc::new(Cache::default());
@@ -360,7 +370,7 @@ fn no_stale_hit(last: fn() -> Range<usize>, born_stale: bool) {
         let read = {
             let cache = cache.clone();
 
-            spawn(&setup, move |setup| cache.apply(setup))
+            spawn(&setup, move |setup| cache.apply(setup, fault()))
         };
 
         if born_stale {
@@ -387,17 +397,22 @@ fn no_stale_hit(last: fn() -> Range<usize>, born_stale: bool) {
 
 #[test]
 fn no_stale_hit_after_covered_invalidation() {
-    no_stale_hit(|| first_page(0), false);
+    no_stale_hit(|| first_page(0), || Fault::None, false);
+}
+
+#[test]
+fn no_stale_hit_after_fault() {
+    no_stale_hit(|| first_page(0), || Fault::Once, false);
 }
 
 #[test]
 fn no_stale_hit_after_merged_invalidation() {
-    no_stale_hit(|| last_page(0), false);
+    no_stale_hit(|| last_page(0), || Fault::None, false);
 }
 
 #[test]
 fn no_stale_hit_if_born_stale() {
-    no_stale_hit(|| last_page(0), true);
+    no_stale_hit(|| last_page(0), || Fault::None, true);
 }
 
 /// G2: `EAGAIN`, which takes no lock, is only returned after all events up to a generation that the
@@ -1007,6 +1022,74 @@ fn two_queues() {
     });
 
     assert_eq!(results, BTreeSet::from([1, 2]));
+}
+
+/// G4, G5, G8: an invalidation, a read whose buffer faults, a close, the end of a registration and
+/// of a watch, all at once.
+fn all_at_once(close: bool) -> BTreeSet<[u32; 2]> {
+    check::model(Some(2), move || {
+        let setup = Setup::new();
+        let watch = setup.live(0);
+        let registering = setup.start(1);
+        let unmap = spawn(&setup, |setup| setup.unmap(0..usize::MAX));
+        let read = spawn(&setup, |setup| {
+            let mut sink = Sink {
+                fault: Fault::Once,
+                ..Sink::default()
+            };
+
+            while setup.queue.read(1, true, &mut sink).is_ok() {}
+            sink.records
+        });
+        let end = spawn(&setup, move |setup| {
+            if close {
+                setup.queue.close();
+            } else {
+                setup.unmap(MRS[1].clone());
+            }
+        });
+
+        go_live(&registering);
+
+        let first = queue::stop(watch);
+
+        unmap.join().unwrap();
+        end.join().unwrap();
+
+        let mut records = read.join().unwrap();
+
+        records.extend(setup.drain());
+        assert!(records.is_sorted_by_key(|record| record.generation));
+
+        let counts = [first, queue::stop(registering)];
+
+        for (cookie, count) in counts.iter().enumerate() {
+            let records = records
+                .iter()
+                .filter(|record| record.cookie == cookie as u64);
+
+            assert_eq!(records.count(), *count as usize);
+        }
+        // G1: the second MR is always reported, unless the queue is closed.
+        assert!(close || counts[1] != 0);
+        counts
+    })
+}
+
+#[test]
+fn all_at_once_with_close() {
+    assert_eq!(
+        all_at_once(true),
+        BTreeSet::from([[0, 0], [0, 1], [1, 0], [1, 1]])
+    );
+}
+
+#[test]
+fn all_at_once_without_close() {
+    assert_eq!(
+        all_at_once(false),
+        BTreeSet::from([[0, 1], [0, 2], [1, 1], [1, 2]])
+    );
 }
 
 /// G8: the last references are dropped in any order, with an event pending or not.
