@@ -722,52 +722,85 @@ proptest! {
     }
 }
 
+/// The one MR of the tests below.
+const MR: Range<usize> = BASE..BASE + PAGE;
+
+fn start() -> Op {
+    Op::Start {
+        queue: 0,
+        mrs: vec![MR],
+        live: true,
+    }
+}
+
+fn invalidate() -> Op {
+    Op::Invalidate {
+        event: 0,
+        range: MR,
+    }
+}
+
+fn read(max: usize, copies: Vec<Copy>, asleep: Option<Vec<(Vec<Op>, bool)>>) -> Op {
+    Op::Read(Read {
+        queue: 0,
+        max,
+        asleep,
+        copies,
+        interrupted: 99,
+    })
+}
+
+/// Runs `ops`, and then reads as many `events` as are to be left.
+fn run(ops: impl IntoIterator<Item = Op>, events: usize) {
+    let run = Run::new();
+
+    for op in ops {
+        run.apply(&op);
+    }
+    assert_eq!(run.view(0).pending().len(), events);
+    run.apply(&read(99, Vec::new(), None));
+}
+
+/// A buffer with room for one event that faults so many times in a row.
+fn faults(count: usize) -> Vec<Copy> {
+    vec![Copy::Fault(Vec::new(), 0); count]
+}
+
+/// G4: 16 faults in a row are endured, one more ends a read that has nothing. No event is lost.
+#[test]
+fn faults_in_a_row() {
+    check::sequential(|| {
+        run([start(), invalidate(), read(1, faults(LIMIT), None)], 0);
+        run([start(), invalidate(), read(1, faults(LIMIT + 1), None)], 1);
+    });
+}
+
+#[test]
+fn progress_forgets_faults() {
+    check::sequential(|| {
+        let mut copies = faults(LIMIT);
+
+        copies.push(Copy::Succeed);
+        copies.extend(faults(LIMIT));
+        run([start(), start(), invalidate(), read(2, copies, None)], 0);
+    });
+}
+
 /// What faulted goes away, so that the reader sleeps. The next faults are first ones.
 #[test]
 fn sleep_forgets_faults() {
     check::sequential(|| {
-        let any = 0;
-        let mr = BASE..BASE + PAGE;
-        let start = || Op::Start {
-            queue: 0,
-            mrs: vec![mr.clone()],
-            live: true,
+        let stop = Op::Stop {
+            watch: 0,
+            go_live: true,
         };
-        let invalidate = || Op::Invalidate {
-            event: 0,
-            range: mr.clone(),
-        };
-        let faults = || vec![Copy::Fault(Vec::new(), any); LIMIT - 1];
-        let mut copies = faults();
+        let mut copies = faults(LIMIT - 1);
 
-        copies.push(Copy::Fault(
-            vec![Op::Stop {
-                watch: any,
-                go_live: true,
-            }],
-            any,
-        ));
-        copies.extend(faults());
+        copies.push(Copy::Fault(vec![stop], 0));
+        copies.extend(faults(LIMIT));
 
-        let read = Read {
-            queue: 0,
-            max: 1,
-            asleep: Some(vec![(vec![start(), invalidate()], false)]),
-            copies,
-            interrupted: 99,
-        };
-        let run = Run::new();
+        let asleep = vec![(vec![start(), invalidate()], false)];
 
-        for op in [
-            start(),
-            invalidate(),
-            Op::Read(read),
-            Op::Stop {
-                watch: any,
-                go_live: false,
-            },
-        ] {
-            run.apply(&op);
-        }
+        run([start(), invalidate(), read(1, copies, Some(asleep))], 0);
     });
 }
