@@ -6,7 +6,10 @@ use crate::{
     device::run,
     map::{Map, PAGE},
 };
-use rustix::io::{read, write};
+use rustix::{
+    io::{read, write},
+    thread::gettid,
+};
 use std::{
     env,
     fs::{self, File},
@@ -181,48 +184,106 @@ impl FailAllocation {
     }
 }
 
-/// The watches that begin and end, counted by their tracepoints. What else could
-/// tell that one is left behind? Its callback reports nothing, and kmemleak finds
-/// neither it nor the address space that it keeps: that of a page table is in a
-/// `struct page`.
-pub struct Watches(PathBuf);
+/// A trace of its own, of some tracepoints.
+struct Tracing(PathBuf);
 
-impl Watches {
-    /// Counts from now on, whoever's.
-    #[expect(clippy::new_without_default)]
-    pub fn new() -> Self {
-        let instance = format!("/sys/kernel/tracing/instances/watches-{}", process::id());
+impl Tracing {
+    /// Of nothing yet. `name` is unique in this process.
+    fn new(name: &str) -> Self {
+        let instance = format!("/sys/kernel/tracing/instances/{name}-{}", process::id());
         let this = Self(instance.into());
         fs::create_dir(&this.0).expect("make an instance of the tracing system");
-        for event in ["attach", "detach"] {
-            let enable = format!("events/ib_uverbs_mmu_notify/uverbs_mmu_notify_{event}/enable");
-            fs::write(this.0.join(enable), "1").expect("enable a tracepoint");
-        }
         this
     }
 
-    /// How many have begun, and how many have ended.
-    pub fn seen(&self) -> (usize, usize) {
-        let trace = fs::read_to_string(self.0.join("trace")).expect("read the trace");
-        let count = |event| trace.matches(event).count();
-        (
-            count(" uverbs_mmu_notify_attach: "),
-            count(" uverbs_mmu_notify_detach: "),
-        )
+    fn set(&self, file: &str, value: &str) {
+        fs::write(self.0.join(file), value).unwrap_or_else(|e| panic!("{file}: {e}"));
     }
 
-    /// `begun` watches must have begun, and each must have ended.
-    #[track_caller]
-    pub fn expect_ended(&self, begun: usize) {
-        let both = (begun, begun);
-        assert_eq!(self.seen(), both, "watches that began, and that ended");
+    fn read(&self) -> String {
+        fs::read_to_string(self.0.join("trace")).expect("read the trace")
     }
 }
 
-impl Drop for Watches {
+impl Drop for Tracing {
     fn drop(&mut self) {
         let _ = fs::remove_dir(&self.0);
     }
+}
+
+/// The watches that start and stop, of all processes, counted by their tracepoints.
+/// Nothing else shows a watch that is left behind: its callback reports nothing, and
+/// kmemleak finds neither it nor the address space that it keeps, whose page table is
+/// in a `struct page`.
+pub struct Watches(Tracing);
+
+impl Watches {
+    /// Counts from now on.
+    #[expect(clippy::new_without_default)]
+    pub fn new() -> Self {
+        let trace = Tracing::new("watches");
+        for event in ["start", "stop"] {
+            let event = tracepoint(event);
+            trace.set(&format!("events/ib_uverbs_mmu_notify/{event}/enable"), "1");
+        }
+        Self(trace)
+    }
+
+    /// How many have started, and how many have stopped.
+    pub fn seen(&self) -> (usize, usize) {
+        let trace = self.0.read();
+        let count = |event| trace.matches(&format!(" {}: ", tracepoint(event))).count();
+        (count("start"), count("stop"))
+    }
+
+    /// `started` watches must have started, and each must have stopped.
+    #[track_caller]
+    pub fn expect_stopped(&self, started: usize) {
+        let both = (started, started);
+        assert_eq!(self.seen(), both, "watches that started, and that stopped");
+    }
+}
+
+fn tracepoint(event: &str) -> String {
+    format!("uverbs_mmu_notify_{event}")
+}
+
+/// How often a thread has to queue for a spinlock. On x86 and most other
+/// architectures the first waiter spins on the lock itself, and only those that come
+/// when there is a waiter already are queued and counted.
+pub struct Contention(Tracing);
+
+impl Contention {
+    /// Of the calling thread, from now on.
+    pub fn here() -> Self {
+        let trace = Tracing::new("contention");
+        let thread = gettid().as_raw_nonzero();
+        let event = "events/lock/contention_begin";
+        // 1: a spinlock.
+        let filter = format!("common_pid == {thread} && flags == 1");
+        trace.set(&format!("{event}/filter"), &filter);
+        trace.set(&format!("{event}/enable"), "1");
+        Self(trace)
+    }
+
+    /// How often since the last call.
+    pub fn take(&self) -> usize {
+        let cpus = fs::read_dir(self.0.0.join("per_cpu")).expect("list the CPUs");
+        let count = cpus
+            .map(|cpu| cpu.expect("list the CPUs").path().join("stats"))
+            .map(|stats| fs::read_to_string(stats).expect("read how much was traced"))
+            .map(|stats| number_of(&stats, "entries: ") + number_of(&stats, "overrun: "))
+            .sum();
+        self.0.set("trace", "");
+        count
+    }
+}
+
+/// The number behind `label`.
+fn number_of(text: &str, label: &str) -> usize {
+    text.lines()
+        .find_map(|line| line.strip_prefix(label)?.trim().parse().ok())
+        .unwrap_or_else(|| panic!("no {label:?} in {text:?}"))
 }
 
 /// How many queues have not been freed, by what the kernel has allocated for counter

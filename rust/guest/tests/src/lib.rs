@@ -16,17 +16,19 @@
 //! - G8: any order of the ends of files, regions and processes is safe.
 
 mod device;
+mod holder;
 mod kernel;
 mod map;
 mod process;
 mod userfault;
 
 pub use device::{Device, device, expect_no_regions, run};
+pub use holder::{Holder, Kind, Work};
 pub use kernel::{
-    FailAllocation, FailingDereg, Hold, Ready, Stack, Warnings, Watches, counter_pages,
+    Contention, FailAllocation, FailingDereg, Hold, Ready, Stack, Warnings, Watches, counter_pages,
 };
 pub use map::{Map, PAGE, memfd};
-pub use process::{Blocked, Child, Exit, in_child, stop, stop_traced, within};
+pub use process::{Blocked, Child, Exit, in_child, sleeps, stop, stop_traced, within};
 pub use userfault::Userfault;
 
 use rustix::io::Errno;

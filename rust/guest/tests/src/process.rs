@@ -206,6 +206,15 @@ fn wait_asleep(path: &str, calls: &[c_long], expect_alive: impl Fn()) {
     }
 }
 
+/// How often `task`, its name in /proc, has slept.
+pub fn sleeps(task: &str) -> usize {
+    let status = fs::read_to_string(format!("/proc/{task}/status")).expect("read the status");
+    let label = "voluntary_ctxt_switches:";
+    let count = status.lines().find_map(|line| line.strip_prefix(label));
+    let count = count.and_then(|count| count.trim().parse().ok());
+    count.expect("how often the task has slept")
+}
+
 /// Stops this process until it is resumed.
 pub fn stop() {
     kill_process(rustix::process::getpid(), Signal::STOP).expect("kill");
@@ -257,6 +266,16 @@ impl<T: Send + 'static> Blocked<T> {
                 self.calls
             );
         });
+    }
+
+    /// How often the thread has slept.
+    pub fn sleeps(&self) -> usize {
+        sleeps(&format!("self/task/{}", self.tid.as_raw_nonzero()))
+    }
+
+    /// Whether the thread has returned.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// Sends the thread a signal.

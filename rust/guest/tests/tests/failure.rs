@@ -160,7 +160,7 @@ fn response_faults() {
             reg_faults(&fixture, &args, fault);
             // The handle is written first.
             begun += usize::from(!matches!(fault, Fault::Attr(UVERBS_ATTR_REG_MR_HANDLE)));
-            watches.expect_ended(begun);
+            watches.expect_stopped(begun);
             fixture.expect_quiet_since(0, &format!("{fault:?}"));
             expect_no_regions();
             map.unmap(0..2);
@@ -214,7 +214,7 @@ fn response_of_deregistration_faults() {
     map.unmap(0..1);
     let before = fixture.page.load();
     destroy_faults(&fixture, mr, output);
-    watches.expect_ended(1);
+    watches.expect_stopped(1);
     expect_no_regions();
     map.unmap(1..2);
     fixture.expect_quiet_since(before, "the deregistration");
@@ -348,7 +348,7 @@ fn abort_fails(fixture: &Fixture, fail: &FailingDereg, end: impl FnOnce(u32)) {
     drop(warnings);
     map.unmap(0..1);
     end(handle);
-    watches.expect_ended(1);
+    watches.expect_stopped(1);
     map.unmap(1..2);
 }
 
@@ -407,7 +407,7 @@ fn close_fails(device: &str, times: u32, warnings: u32) -> FailingDereg {
     fixture.context.disconnect().expect("close the context");
     assert_eq!(warned.count(), warnings, "warnings");
     assert!(fail.failed() >= times.min(2), "deregistrations that failed");
-    watches.expect_ended(2);
+    watches.expect_stopped(2);
     assert_closed(&fixture, before);
     map.unmap(1..2);
     assert_closed(&fixture, before);
@@ -442,7 +442,7 @@ fn close_fails_for_a_window() {
     map.unmap(0..1);
     let before = fixture.page.load();
     fixture.context.disconnect().expect("close the context");
-    watches.expect_ended(1);
+    watches.expect_stopped(1);
     map.unmap(1..2);
     assert_closed(&fixture, before);
     expect_no_regions();
@@ -467,7 +467,7 @@ fn exit_fails_for_good() {
     assert_eq!(child, Exit::Code(0), "the child");
     assert_eq!(warnings.count(), 1, "warnings");
     assert!(fail.failed() > 0, "deregistrations that failed");
-    watches.expect_ended(1);
+    watches.expect_stopped(1);
     device.remove();
 }
 
@@ -500,7 +500,7 @@ fn removal_fails(
     assert!(status.success(), "rdma link delete: {status}");
     assert_eq!(warned.count(), warnings, "warnings");
     assert!(fail.failed() >= times.min(1), "deregistrations that failed");
-    watches.expect_ended(1);
+    watches.expect_stopped(1);
 
     assert_closed(&fixture, before);
     map.unmap(2..3);

@@ -76,7 +76,7 @@ fn unmapped_in_flight() {
     expect_errno(mr, Errno::FAULT, "REG_MR of what is being unmapped");
     assert!(waited, "expected the registration to wait for the change");
     fixture.expect_quiet_since(0, "the failed registration");
-    watches.expect_ended(1);
+    watches.expect_stopped(1);
 }
 
 /// Registers four pages of `map` as in `args`. The pin has the first two when it
@@ -145,7 +145,7 @@ fn hit_during_the_pin_that_fails() {
     });
     expect_errno(mr, Errno::FAULT, "REG_MR of what was unmapped");
     fixture.expect_quiet_since(0, "the failed registration");
-    watches.expect_ended(1);
+    watches.expect_stopped(1);
     expect_no_regions();
     map.unmap(0..3);
     fixture.expect_quiet_since(0, "munmap of what was not registered");
@@ -171,7 +171,7 @@ fn queue_closed_during_the_pin() {
     map.unmap(0..1);
     let reported = mr.expect("register").destroy().expect("deregister");
     assert_eq!(reported, 0, "events reported");
-    watches.expect_ended(1);
+    watches.expect_stopped(1);
 }
 
 /// A queue whose context is just being destroyed is closed by its file as well.
@@ -209,7 +209,7 @@ fn released_while_destroyed<T>(
     hold.release();
     changer.join();
     end(destroyer);
-    watches.expect_ended(1);
+    watches.expect_stopped(1);
     assert_eq!(counter_pages(), pages - 1, "queues that are not freed");
 }
 

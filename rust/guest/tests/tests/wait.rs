@@ -25,6 +25,7 @@ use uverbs_mmu_notify::{Event, Mr, NotifyQueue};
 use uverbs_mmu_notify_tests::*;
 
 const READ: &[libc::c_long] = &[libc::SYS_read];
+const RECORD: usize = size_of::<Event>();
 const NOW: Option<Timespec> = Some(Timespec {
     tv_sec: 0,
     tv_nsec: 0,
@@ -76,39 +77,134 @@ fn read_of_what_is_there() {
     assert_eq!(record, Record::new(map, 0..1, 7, 1, UNMAPPED));
 }
 
-/// Interface: each event wakes a reader when several wait.
-#[test]
-fn several_readers_are_woken() {
-    let fixture = Fixture::new();
-    let queue = Arc::new(NotifyQueue::alloc(&fixture.context).unwrap());
-    let map = Map::new(3);
-    let _mrs: Vec<_> = (0..3)
-        .map(|page| {
-            reg(
-                &fixture.pd,
-                &fixture
-                    .args(map, page..page + 1, 0)
-                    .watched(&queue, page as u64),
-            )
-        })
-        .collect();
-    let read = |queue: Arc<NotifyQueue>| {
-        move || {
+/// Readers that sleep, with room for one event each.
+struct Readers {
+    queue: Arc<NotifyQueue>,
+    asleep: Vec<Blocked<io::Result<u64>>>,
+    sleeps: Vec<usize>,
+}
+
+impl Readers {
+    fn new(queue: &Arc<NotifyQueue>, count: usize) -> Self {
+        let mut readers = Self {
+            queue: queue.clone(),
+            asleep: Vec::new(),
+            sleeps: Vec::new(),
+        };
+        (0..count).for_each(|_| readers.add());
+        readers
+    }
+
+    fn add(&mut self) {
+        let queue = self.queue.clone();
+        let reader = Blocked::spawn(READ, move || {
             let mut events = [Event::default(); 1];
             queue.read(&mut events).map(|_| events[0].cookie)
-        }
-    };
-    let readers: Vec<_> = (0..3)
-        .map(|_| Blocked::spawn(READ, read(queue.clone())))
-        .collect();
+        });
+        self.sleeps.push(reader.sleeps());
+        self.asleep.push(reader);
+    }
 
-    map.unmap(0..3);
-    let mut cookies: Vec<_> = readers
-        .into_iter()
-        .map(|reader| reader.join().expect("read"))
-        .collect();
-    cookies.sort();
-    assert_eq!(cookies, [0, 1, 2], "the cookies that were read");
+    /// Waits until all but `left` have returned, and returns the cookies that they have
+    /// read. The others must not have been woken.
+    #[track_caller]
+    fn expect_left(&mut self, left: usize) -> Vec<u64> {
+        let finished = || self.asleep.iter().filter(|reader| reader.is_finished());
+        within("read()", || {
+            while self.asleep.len() - finished().count() > left {
+                thread::yield_now();
+            }
+        });
+        let mut cookies = Vec::new();
+        let (mut asleep, mut sleeps) = (Vec::new(), Vec::new());
+        for (reader, slept) in mem::take(&mut self.asleep).into_iter().zip(&self.sleeps) {
+            if reader.is_finished() {
+                cookies.push(reader.join().expect("read"));
+                continue;
+            }
+            reader.wait_asleep();
+            assert_eq!(reader.sleeps(), *slept, "how often a reader slept");
+            asleep.push(reader);
+            sleeps.push(*slept);
+        }
+        assert_eq!(asleep.len(), left, "readers that still wait");
+        (self.asleep, self.sleeps) = (asleep, sleeps);
+        cookies.sort();
+        cookies
+    }
+}
+
+/// A queue that blocks, and a watched region of each of `pages` pages.
+fn blocking_each(pages: usize) -> (Fixture, Arc<NotifyQueue>, Map, Vec<Mr>) {
+    let fixture = Fixture::new();
+    let queue = Arc::new(NotifyQueue::alloc(&fixture.context).unwrap());
+    let map = Map::new(pages);
+    let watch = |page| {
+        let args = fixture.args(map, page..page + 1, 0);
+        reg(&fixture.pd, &args.watched(&queue, page as u64))
+    };
+    let mrs = (0..pages).map(watch).collect();
+    (fixture, queue, map, mrs)
+}
+
+/// G6: an event wakes one reader, and lets the others sleep.
+#[test]
+fn one_event_wakes_one_reader() {
+    let (_fixture, queue, map, _mrs) = blocking_each(3);
+    let mut readers = Readers::new(&queue, 3);
+    for page in 0..3 {
+        // Not unmapped: a thread's stack may come there, and go.
+        map.map_over(page..page + 1);
+        assert_eq!(readers.expect_left(2 - page), [page as u64], "cookies");
+    }
+}
+
+/// G4: each of several events at once wakes a reader when several wait. One that has no
+/// room for the next event wakes the next reader.
+#[test]
+fn several_readers_are_woken() {
+    let (_fixture, queue, map, _mrs) = blocking_each(3);
+    let mut readers = Readers::new(&queue, 4);
+    map.map_over(0..3);
+    assert_eq!(readers.expect_left(1), [0, 1, 2], "cookies");
+}
+
+/// G4: a reader that was woken waits for its buffer when the second event comes, which so
+/// finds the queue not empty and wakes nobody. It leaves with the first event.
+#[test]
+fn reader_hands_over() {
+    let (_fixture, queue, map, _mrs) = blocking_each(2);
+    let buffer = Map::untouched(1);
+    let fault = Userfault::missing(buffer, 0..1);
+    let first = {
+        let queue = queue.clone();
+        Blocked::spawn(READ, move || read_raw(&*queue, buffer.at(0), RECORD))
+    };
+    let mut others = Readers::new(&queue, 2);
+    map.map_over(0..1);
+    let faulted = within("the wait for the page fault", || fault.wait_for_fault());
+    assert_eq!(faulted, buffer.at(0) as u64, "what faults");
+    map.map_over(1..2);
+    fault.fill(buffer, 0..1);
+    let read = within("read()", || first.join());
+    assert_eq!(read.expect("read"), RECORD, "bytes read");
+    assert_eq!(others.expect_left(1), [1], "cookies");
+}
+
+/// G4: the same, but it leaves without an event.
+#[test]
+fn reader_hands_over_after_a_fault() {
+    let (_fixture, queue, map, _mrs) = blocking_each(1);
+    let nowhere = Map::new(1);
+    nowhere.unmap(0..1);
+    let first = {
+        let queue = queue.clone();
+        Blocked::spawn(READ, move || read_raw(&*queue, nowhere.at(0), RECORD))
+    };
+    let mut others = Readers::new(&queue, 2);
+    map.map_over(0..1);
+    expect_errno(within("read()", || first.join()), Errno::FAULT, "read()");
+    assert_eq!(others.expect_left(1), [0], "cookies");
 }
 
 /// Interface, G4: a signal interrupts read(), which consumes nothing.

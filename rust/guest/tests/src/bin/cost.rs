@@ -71,6 +71,40 @@ fn main() {
         assert_eq!(mr.destroy().expect("deregister"), 1, "events reported");
     }
 
+    // What a drain costs that goes on until EAGAIN, beyond the events that it reads.
+    let empty = each(|_| {
+        let read = fixture.queue.read(&mut events[..16]);
+        assert!(read.is_err(), "read of an empty queue");
+    });
+    println!("reading an empty queue, EAGAIN         {empty:8.0}");
+
+    // The smallest drain: one event, by the read() that gets it, and by the next one.
+    let mut drain = |reads| {
+        let map = Map::new(COUNT);
+        let (mrs, _) = register(&fixture, map, 1, true);
+        let cost = each(|n| {
+            map.unmap(n..n + 1);
+            for _ in 0..reads {
+                let _ = fixture.queue.read(&mut events[..16]);
+            }
+        });
+        (cost, mrs)
+    };
+    let costs = [0, 1, 2].map(|reads| {
+        let (cost, mrs) = drain(reads);
+        let _ = read_all(&fixture.queue);
+        drop(mrs);
+        cost
+    });
+    println!(
+        "reading one event                      {:8.0}",
+        costs[1] - costs[0]
+    );
+    println!(
+        "the same until EAGAIN                  {:8.0}",
+        costs[2] - costs[0]
+    );
+
     let looked_up = each(|_| {
         std::hint::black_box(fixture.page.load());
     });
