@@ -128,7 +128,7 @@ impl Fixture {
 
     /// Nothing must have been reported since the generation was `generation`.
     #[track_caller]
-    pub fn expect_quiet_since(&self, generation: u64, what: &str) {
+    pub fn expect_quiet(&self, generation: u64, what: &str) {
         let records = read_all(&self.queue);
         assert!(
             records.is_empty(),

@@ -36,7 +36,7 @@ fn orders(ended: &[End]) -> Vec<Vec<End>> {
 
 /// A watched region and what belongs to it, some of it ended, and what is to be
 /// seen of it.
-struct World {
+struct Setup {
     context: Arc<Context>,
     queue: Option<NotifyQueue>,
     page: Option<GenerationPage>,
@@ -49,7 +49,7 @@ struct World {
     queue_closed: bool,
 }
 
-impl World {
+impl Setup {
     fn new() -> Self {
         let fixture = Fixture::new();
         let map = Map::new(ENDS.len() + 1);
@@ -135,14 +135,14 @@ impl World {
 
     fn run(order: &[End]) {
         eprintln!("{order:?}");
-        let mut world = Self::new();
-        world.check();
+        let mut setup = Self::new();
+        setup.check();
         for &end in order {
-            world.end(end);
-            world.check();
+            setup.end(end);
+            setup.check();
         }
         // Nothing ends by itself behind the back of the test.
-        mem::forget(world);
+        mem::forget(setup);
     }
 }
 
@@ -152,7 +152,7 @@ fn ends_in_every_order() {
     let orders = orders(&[]);
     assert_eq!(orders.len(), 24);
     for order in orders {
-        World::run(&order);
+        Setup::run(&order);
     }
 }
 
@@ -167,7 +167,7 @@ fn process_exits_in_every_state() {
             .filter_map(|(n, end)| (state & 1 << n != 0).then_some(end))
             .collect();
         let child = in_child(|| {
-            World::run(&ended);
+            Setup::run(&ended);
             0
         });
         assert_eq!(child, Exit::Code(0), "the child that ended {ended:?}");

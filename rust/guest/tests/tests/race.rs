@@ -36,7 +36,7 @@ fn in_flight(fixture: &Fixture, map: Map, change: fn(Map)) -> (io::Result<Mr>, b
 
 /// G3: what the registration pins is mapped, or an event says that it is not.
 #[track_caller]
-fn is_fresh_or_told(change: fn(Map)) {
+fn mapped_or_reported(change: fn(Map)) {
     let fixture = Fixture::new();
     let peer = Peer::new(&fixture.pd);
     let map = Map::new(1);
@@ -55,27 +55,27 @@ fn is_fresh_or_told(change: fn(Map)) {
 
 /// G3: the pages are given up.
 #[test]
-fn given_up_in_flight() {
-    is_fresh_or_told(|map| map.dont_need(0..1));
+fn madv_dontneed_in_flight() {
+    mapped_or_reported(|map| map.dont_need(0..1));
 }
 
 /// G3: another mapping comes in their place.
 #[test]
-fn mapped_over_in_flight() {
-    is_fresh_or_told(|map| map.map_over(0..1));
+fn mmap_over_in_flight() {
+    mapped_or_reported(|map| map.map_over(0..1));
 }
 
 /// G3: the mapping goes, so that there is nothing to register any more. That is
 /// not reported.
 #[test]
-fn unmapped_in_flight() {
+fn munmap_in_flight() {
     let watches = Watches::new();
     let fixture = Fixture::new();
     let map = Map::new(1);
     let (mr, waited) = in_flight(&fixture, map, |map| map.unmap(0..1));
     expect_errno(mr, Errno::FAULT, "REG_MR of what is being unmapped");
     assert!(waited, "expected the registration to wait for the change");
-    fixture.expect_quiet_since(0, "the failed registration");
+    fixture.expect_quiet(0, "the failed registration");
     watches.expect_stopped(1);
 }
 
@@ -104,7 +104,7 @@ fn during_pin(fixture: &Fixture, map: Map, change: impl FnOnce()) -> io::Result<
     let before = fixture.page.load();
     stopped(&fixture.pd, fixture.args(map, 0..4, 7), map, || {
         change();
-        fixture.expect_quiet_since(before, "what was hit during the pin");
+        fixture.expect_quiet(before, "what was hit during the pin");
     })
 }
 
@@ -113,13 +113,13 @@ fn during_pin(fixture: &Fixture, map: Map, change: impl FnOnce()) -> io::Result<
 fn pin_waits() {
     let fixture = Fixture::new();
     let _mr = during_pin(&fixture, Map::new(4), || ()).expect("register");
-    fixture.expect_quiet_since(0, "the registration");
+    fixture.expect_quiet(0, "the registration");
 }
 
 /// G3: pages that are pinned already are given up, and unmapped: when the
 /// registration returns there is one event for both.
 #[test]
-fn hit_during_the_pin() {
+fn invalidation_during_pin() {
     let fixture = Fixture::new();
     let map = Map::new(4);
     let mut mr = during_pin(&fixture, map, || {
@@ -135,7 +135,7 @@ fn hit_during_the_pin() {
 /// G3: the same, but the registration fails after that, at the page that is
 /// missing then. Nothing is reported.
 #[test]
-fn hit_during_the_pin_that_fails() {
+fn invalidation_during_pin_that_fails() {
     let watches = Watches::new();
     let fixture = Fixture::new();
     let map = Map::new(4);
@@ -144,11 +144,11 @@ fn hit_during_the_pin_that_fails() {
         map.unmap(3..4);
     });
     expect_errno(mr, Errno::FAULT, "REG_MR of what was unmapped");
-    fixture.expect_quiet_since(0, "the failed registration");
+    fixture.expect_quiet(0, "the failed registration");
     watches.expect_stopped(1);
     expect_no_regions();
     map.unmap(0..3);
-    fixture.expect_quiet_since(0, "munmap of what was not registered");
+    fixture.expect_quiet(0, "munmap of what was not registered");
 }
 
 /// G8: the queue is closed, with a hit that it would have to report.

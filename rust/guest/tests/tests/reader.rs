@@ -23,13 +23,13 @@ const BATCH: usize = 16;
 const REGIONS: usize = BATCH + 5;
 
 /// A queue that is told of each page of a map by itself.
-struct Scene {
+struct Setup {
     fixture: Fixture,
     map: Map,
     mrs: Vec<Mr>,
 }
 
-impl Scene {
+impl Setup {
     /// All but the last page are hit.
     fn new(fixture: Fixture) -> Self {
         let map = Map::new(REGIONS);
@@ -76,11 +76,11 @@ impl Scene {
 #[test]
 fn never_reads() {
     let device = Device::new("reader0", "rxe");
-    let mut scene = Scene::new(Fixture::on(device.name()));
-    scene.goes_on(None);
-    scene.remove(&device);
-    for mr in mem::take(&mut scene.mrs) {
-        scene.deregister(mr, 0);
+    let mut setup = Setup::new(Fixture::on(device.name()));
+    setup.goes_on(None);
+    setup.remove(&device);
+    for mr in mem::take(&mut setup.mrs) {
+        setup.deregister(mr, 0);
     }
 }
 
@@ -123,14 +123,14 @@ impl Stuck {
 /// G4, G5 too: what is left is read when the page is there, and counted once.
 #[track_caller]
 fn stuck(ready: usize) {
-    let mut scene = Scene::new(Fixture::new());
-    let stuck = Stuck::new(&scene.fixture.queue, ready);
-    scene.goes_on((ready != 0).then_some(3));
+    let mut setup = Setup::new(Fixture::new());
+    let stuck = Stuck::new(&setup.fixture.queue, ready);
+    setup.goes_on((ready != 0).then_some(3));
     // The one that was deregistered before its event was copied out is missing.
     let read = stuck.resolve().expect("read()");
     assert_eq!(read, (REGIONS - 1) * RECORD, "bytes read");
-    for mr in mem::take(&mut scene.mrs) {
-        scene.deregister(mr, 1);
+    for mr in mem::take(&mut setup.mrs) {
+        setup.deregister(mr, 1);
     }
 }
 
@@ -150,9 +150,9 @@ fn waits_for_more_of_its_buffer() {
 #[test]
 fn waits_for_its_buffer_when_the_device_goes() {
     let device = Device::new("reader3", "rxe");
-    let scene = Scene::new(Fixture::on(device.name()));
-    let stuck = Stuck::new(&scene.fixture.queue, 0);
-    scene.remove(&device);
+    let setup = Setup::new(Fixture::on(device.name()));
+    let stuck = Stuck::new(&setup.fixture.queue, 0);
+    setup.remove(&device);
     expect_errno(stuck.resolve(), Errno::IO, "read()");
 }
 
@@ -160,13 +160,13 @@ fn waits_for_its_buffer_when_the_device_goes() {
 #[test]
 fn waits_for_more_of_its_buffer_when_the_device_goes() {
     let device = Device::new("reader4", "rxe");
-    let mut scene = Scene::new(Fixture::on(device.name()));
-    let stuck = Stuck::new(&scene.fixture.queue, BATCH);
-    scene.remove(&device);
+    let mut setup = Setup::new(Fixture::on(device.name()));
+    let stuck = Stuck::new(&setup.fixture.queue, BATCH);
+    setup.remove(&device);
     let read = stuck.resolve().expect("read()");
     assert_eq!(read, BATCH * RECORD, "bytes read");
-    for (index, mr) in mem::take(&mut scene.mrs).into_iter().enumerate() {
-        scene.deregister(mr, (index < BATCH).into());
+    for (index, mr) in mem::take(&mut setup.mrs).into_iter().enumerate() {
+        setup.deregister(mr, (index < BATCH).into());
     }
 }
 
@@ -186,8 +186,8 @@ extern "C" fn read_queue(_: *mut c_void) -> c_int {
 #[test]
 fn stopped_in_read() {
     let device = Device::new("reader5", "rxe");
-    let mut scene = Scene::new(Fixture::on(device.name()));
-    let queue = &scene.fixture.queue;
+    let mut setup = Setup::new(Fixture::on(device.name()));
+    let queue = &setup.fixture.queue;
     let mut events = [Event::default(); REGIONS];
     assert_eq!(queue.read(&mut events).unwrap(), REGIONS - 1, "events");
     queue.set_nonblocking(false).unwrap();
@@ -198,14 +198,14 @@ fn stopped_in_read() {
     child.stop();
 
     let last = REGIONS - 1;
-    within("a change", || scene.map.map_over(last..REGIONS));
-    let pending = within("REG_MR", || scene.fixture.watch(Map::new(1), 0..1, 99));
-    scene.deregister(pending, 0);
-    let mr = scene.mrs.remove(3);
-    scene.deregister(mr, 1);
-    let mr = scene.mrs.pop().unwrap();
-    scene.deregister(mr, 0);
-    scene.remove(&device);
+    within("a change", || setup.map.map_over(last..REGIONS));
+    let pending = within("REG_MR", || setup.fixture.watch(Map::new(1), 0..1, 99));
+    setup.deregister(pending, 0);
+    let mr = setup.mrs.remove(3);
+    setup.deregister(mr, 1);
+    let mr = setup.mrs.pop().unwrap();
+    setup.deregister(mr, 0);
+    setup.remove(&device);
     child.resume();
     assert_eq!(child.wait(), Exit::Code(libc::EIO), "the reader");
 }

@@ -48,7 +48,7 @@ impl Seen {
     }
 }
 
-struct World {
+struct Setup {
     fixture: Fixture,
     next_cookie: AtomicU64,
     seen: Mutex<HashMap<u64, Seen>>,
@@ -72,7 +72,7 @@ fn addresses(map: Map, pages: &Range<usize>) -> Range<u64> {
     map.at(pages.start) as u64..map.at(pages.end) as u64
 }
 
-impl World {
+impl Setup {
     /// Registers, changes, deregisters. Returns the count of each region.
     fn own(&self, map: Map, mut random: SmallRng) -> Vec<(u64, u32)> {
         let mut regions = Vec::<Owned>::new();
@@ -184,7 +184,7 @@ fn reports_add_up() {
     let mut seeds = SmallRng::seed_from_u64(seed);
     let mut random = || SmallRng::from_rng(&mut seeds);
 
-    let world = World {
+    let setup = Setup {
         fixture: Fixture::new(),
         next_cookie: AtomicU64::new(1),
         seen: Mutex::default(),
@@ -193,18 +193,18 @@ fn reports_add_up() {
     };
     let counts: Vec<_> = within("the threads", || {
         thread::scope(|scope| {
-            let owners = world.maps.map(|map| {
-                let (world, random) = (&world, random());
-                scope.spawn(move || world.own(map, random))
+            let owners = setup.maps.map(|map| {
+                let (setup, random) = (&setup, random());
+                scope.spawn(move || setup.own(map, random))
             });
             for _ in 0..READERS {
-                let (world, random) = (&world, random());
-                scope.spawn(move || world.read(random));
+                let (setup, random) = (&setup, random());
+                scope.spawn(move || setup.read(random));
             }
-            let (disturber, random) = (&world, random());
+            let (disturber, random) = (&setup, random());
             scope.spawn(move || disturber.disturb(random));
             let counts = owners.map(|owner| owner.join());
-            world.done.store(true, Ordering::Release);
+            setup.done.store(true, Ordering::Release);
             counts
                 .into_iter()
                 .flat_map(|counts| counts.expect("an owner"))
@@ -212,7 +212,7 @@ fn reports_add_up() {
         })
     });
 
-    let seen = world.seen.into_inner().unwrap();
+    let seen = setup.seen.into_inner().unwrap();
     for (cookie, count) in &counts {
         let seen = seen.get(cookie).map_or(0, |seen| seen.count);
         assert_eq!(

@@ -20,7 +20,7 @@ const RECORD: i32 = size_of::<Event>() as i32;
 const TAG: u64 = 7;
 
 /// A queue that blocks, a region of two pages, a ring, and a buffer.
-struct Scene {
+struct Setup {
     ring: IoUring,
     buffer: Map,
     map: Map,
@@ -28,7 +28,7 @@ struct Scene {
     fixture: Fixture,
 }
 
-impl Scene {
+impl Setup {
     fn new() -> Self {
         Self::with(IoUring::new(8).expect("make a ring"))
     }
@@ -119,34 +119,34 @@ fn has_thread(name: &str) -> bool {
 /// Interface: what is there is read.
 #[test]
 fn read_of_what_is_there() {
-    let mut scene = Scene::new();
-    scene.map.unmap(0..1);
-    scene.submit(&scene.read());
-    scene.expect_event(0, 1);
-    scene.expect_count(1);
+    let mut setup = Setup::new();
+    setup.map.unmap(0..1);
+    setup.submit(&setup.read());
+    setup.expect_event(0, 1);
+    setup.expect_count(1);
 }
 
 /// Interface: also by a worker of the kernel, which is no stranger.
 #[test]
 fn read_by_a_worker() {
-    let mut scene = Scene::new();
-    scene.map.unmap(0..1);
-    scene.submit(&scene.read().flags(Flags::ASYNC));
-    scene.expect_event(0, 1);
+    let mut setup = Setup::new();
+    setup.map.unmap(0..1);
+    setup.submit(&setup.read().flags(Flags::ASYNC));
+    setup.expect_event(0, 1);
     assert!(has_thread("iou-wrk-"), "no worker has read");
-    scene.expect_count(1);
+    setup.expect_count(1);
 }
 
 /// Interface: also by the kernel's thread that polls the ring.
 #[test]
 fn read_by_the_polling_thread() {
     let ring = IoUring::builder().setup_sqpoll(1000).build(8);
-    let mut scene = Scene::with(ring.expect("make a ring"));
-    scene.map.unmap(0..1);
-    scene.submit(&scene.read());
-    scene.expect_event(0, 1);
+    let mut setup = Setup::with(ring.expect("make a ring"));
+    setup.map.unmap(0..1);
+    setup.submit(&setup.read());
+    setup.expect_event(0, 1);
     assert!(has_thread("iou-sqp-"), "no thread polls the ring");
-    scene.expect_count(1);
+    setup.expect_count(1);
 }
 
 /// Interface: a read waits for a hit, in each way there is: io_uring waits in its
@@ -155,86 +155,86 @@ fn read_by_the_polling_thread() {
 fn read_waits() {
     let ways = [Flags::empty(), Flags::ASYNC].map(|flags| [(flags, false), (flags, true)]);
     for (flags, nonblocking) in ways.into_iter().flatten() {
-        let mut scene = Scene::new();
-        scene.fixture.queue.set_nonblocking(nonblocking).unwrap();
+        let mut setup = Setup::new();
+        setup.fixture.queue.set_nonblocking(nonblocking).unwrap();
         for page in 0..2 {
-            scene.submit(&scene.read().flags(flags));
-            scene.expect_waits();
+            setup.submit(&setup.read().flags(flags));
+            setup.expect_waits();
             // Not unmapped: a thread's stack may come there, and go.
-            scene.map.map_over(page..page + 1);
-            scene.expect_event(page, page as u64 + 1);
+            setup.map.map_over(page..page + 1);
+            setup.expect_event(page, page as u64 + 1);
         }
-        scene.expect_count(2);
+        setup.expect_count(2);
     }
 }
 
 /// Interface: the end of the context completes a read that waits.
 #[test]
 fn read_waits_for_the_end() {
-    let mut scene = Scene::new();
-    scene.submit(&scene.read());
-    scene.expect_waits();
-    scene.fixture.context.disconnect().unwrap();
-    scene.expect_completion(-libc::EIO);
-    std::mem::forget(scene);
+    let mut setup = Setup::new();
+    setup.submit(&setup.read());
+    setup.expect_waits();
+    setup.fixture.context.disconnect().unwrap();
+    setup.expect_completion(-libc::EIO);
+    std::mem::forget(setup);
 }
 
 /// G4: a read that is cancelled consumes nothing.
 #[test]
 fn read_is_cancelled() {
-    let mut scene = Scene::new();
-    scene.submit(&scene.read());
-    scene.expect_waits();
-    scene.submit(&AsyncCancel::new(TAG).build());
+    let mut setup = Setup::new();
+    setup.submit(&setup.read());
+    setup.expect_waits();
+    setup.submit(&AsyncCancel::new(TAG).build());
     let mut results: Vec<_> = (0..2)
-        .map(|_| scene.completion())
+        .map(|_| setup.completion())
         .map(|entry| (entry.user_data(), entry.result()))
         .collect();
     results.sort();
     assert_eq!(results, [(0, 0), (TAG, -libc::ECANCELED)], "completions");
-    scene.expect_not_taken();
+    setup.expect_not_taken();
 }
 
 /// G4, G8: the ring is closed while a read and a poll wait in it.
 #[test]
 fn ring_is_closed() {
-    let mut scene = Scene::new();
-    scene.submit(&scene.read());
-    scene.submit(&PollAdd::new(scene.fd(), POLLIN as u32).multi(true).build());
-    scene.expect_waits();
-    scene.ring = IoUring::new(1).expect("make a ring");
-    scene.expect_not_taken();
+    let mut setup = Setup::new();
+    setup.submit(&setup.read());
+    setup.submit(&PollAdd::new(setup.fd(), POLLIN as u32).multi(true).build());
+    setup.expect_waits();
+    setup.ring = IoUring::new(1).expect("make a ring");
+    setup.expect_not_taken();
 }
 
 /// G4: a buffer that faults is no reason to consume anything.
 #[test]
 fn buffer_faults() {
-    let mut scene = Scene::new();
-    scene.buffer.unmap(0..1);
-    scene.submit(&scene.read());
-    scene.map.unmap(0..1);
-    scene.expect_completion(-libc::EFAULT);
-    scene.fixture.queue.set_nonblocking(true).unwrap();
-    let expected = Record::new(scene.map, 0..1, 7, 1, UNMAPPED);
-    scene.fixture.expect(&[expected]);
-    scene.expect_count(1);
+    let mut setup = Setup::new();
+    setup.buffer.unmap(0..1);
+    setup.submit(&setup.read());
+    setup.map.unmap(0..1);
+    setup.expect_completion(-libc::EFAULT);
+    setup.fixture.queue.set_nonblocking(true).unwrap();
+    let expected = Record::new(setup.map, 0..1, 7, 1, UNMAPPED);
+    setup.fixture.expect(&[expected]);
+    setup.expect_count(1);
 }
 
 /// G4: a forked child gets nothing by way of an inherited ring.
 #[test]
 fn child_uses_the_ring() {
     for flags in [Flags::empty(), Flags::ASYNC] {
-        let mut scene = Scene::new();
-        scene.map.unmap(0..1);
+        let mut setup = Setup::new();
+        setup.map.unmap(0..1);
         let child = in_child(|| {
-            scene.submit(&scene.read().flags(flags));
-            -scene.completion().result()
+            setup.submit(&setup.read().flags(flags));
+            -setup.completion().result()
         });
         assert_eq!(child, Exit::Code(libc::EPERM), "read by a child");
-        scene.fixture.queue.set_nonblocking(true).unwrap();
-        let expected = Record::new(scene.map, 0..1, 7, 1, UNMAPPED);
-        scene.fixture.expect(&[expected]);
-        scene.expect_count(1);
+        setup.fixture.queue.set_nonblocking(true).unwrap();
+        let expected = Record::new(setup.map, 0..1, 7, 1, UNMAPPED);
+        setup.fixture.expect(&[expected]);
+        setup.expect_count(1);
     }
 }
 
@@ -246,44 +246,44 @@ fn read_one(queue: &NotifyQueue) {
 /// Interface: a poll completes by a hit, or at once.
 #[test]
 fn poll() {
-    let mut scene = Scene::new();
-    let poll = PollAdd::new(scene.fd(), POLLIN as u32)
+    let mut setup = Setup::new();
+    let poll = PollAdd::new(setup.fd(), POLLIN as u32)
         .build()
         .user_data(TAG);
     for page in 0..2 {
-        scene.submit(&poll);
-        scene.expect_waits();
-        scene.map.map_over(page..page + 1);
-        scene.expect_completion(POLLIN.into());
-        scene.submit(&poll);
-        scene.expect_completion(POLLIN.into());
-        read_one(&scene.fixture.queue);
+        setup.submit(&poll);
+        setup.expect_waits();
+        setup.map.map_over(page..page + 1);
+        setup.expect_completion(POLLIN.into());
+        setup.submit(&poll);
+        setup.expect_completion(POLLIN.into());
+        read_one(&setup.fixture.queue);
     }
-    scene.submit(&poll);
-    scene.expect_waits();
-    scene.fixture.context.disconnect().unwrap();
-    scene.expect_completion(POLLERR.into());
-    std::mem::forget(scene);
+    setup.submit(&poll);
+    setup.expect_waits();
+    setup.fixture.context.disconnect().unwrap();
+    setup.expect_completion(POLLERR.into());
+    std::mem::forget(setup);
 }
 
 /// Interface: a multishot poll completes by each event that follows a drain to a
 /// short count, and by the end.
 #[test]
 fn poll_multishot() {
-    let mut scene = Scene::new();
-    let poll = PollAdd::new(scene.fd(), POLLIN as u32).multi(true);
-    scene.submit(&poll.build().user_data(TAG));
+    let mut setup = Setup::new();
+    let poll = PollAdd::new(setup.fd(), POLLIN as u32).multi(true);
+    setup.submit(&poll.build().user_data(TAG));
     for page in 0..2 {
-        scene.expect_waits();
-        scene.map.map_over(page..page + 1);
-        let entry = scene.completion();
+        setup.expect_waits();
+        setup.map.map_over(page..page + 1);
+        let entry = setup.completion();
         let seen = (entry.user_data(), entry.result());
         assert_eq!(seen, (TAG, POLLIN.into()), "the completion");
         assert!(cqueue::more(entry.flags()), "more is to come");
-        read_one(&scene.fixture.queue);
+        read_one(&setup.fixture.queue);
     }
-    scene.expect_waits();
-    scene.fixture.context.disconnect().unwrap();
-    scene.expect_completion(POLLERR.into());
-    std::mem::forget(scene);
+    setup.expect_waits();
+    setup.fixture.context.disconnect().unwrap();
+    setup.expect_completion(POLLERR.into());
+    std::mem::forget(setup);
 }

@@ -370,7 +370,7 @@ fn response_faults() {
         }
         expect_no_regions();
         map.dont_need(0..1);
-        fixture.expect_quiet_since(0, "registrations that failed");
+        fixture.expect_quiet(0, "registrations that failed");
 
         let command = IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY;
         let input = bytes(&ib_uverbs_ex_create_mmu_notify::default());
@@ -406,6 +406,6 @@ fn another_address_space() {
             0
         });
         assert_eq!(child, Exit::Code(0), "{form:?}");
-        fixture.expect_quiet_since(0, "what was refused");
+        fixture.expect_quiet(0, "what was refused");
     }
 }

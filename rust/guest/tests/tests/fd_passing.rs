@@ -92,7 +92,7 @@ fn is_watched(fixture: &Fixture, child: Child) {
 
 /// G4, and read(), poll() and mmap() of the interface: sent over a socket.
 #[test]
-fn sent() {
+fn scm_rights() {
     let (ours, theirs) = sockets();
     let child = Child::fork(|| watch_the_owner(&receive(&theirs)));
     let fixture = Fixture::new();
@@ -104,7 +104,7 @@ fn sent() {
 
 /// The same, inherited.
 #[test]
-fn inherited() {
+fn inherited_by_fork() {
     let fixture = Fixture::new();
     let child = Child::fork(|| watch_the_owner(&fixture.queue));
     is_watched(&fixture, child);
@@ -153,7 +153,7 @@ fn outlives_its_owner() {
 
 /// G4, G8: an FD on its way is open, and its events wait for it.
 #[test]
-fn received_later() {
+fn scm_rights_received_late() {
     let (ours, theirs) = sockets();
     let Fixture {
         context,
@@ -177,7 +177,7 @@ fn received_later() {
 
 /// G8: an FD that is on its way when all else ends, and never arrives.
 #[test]
-fn never_received() {
+fn scm_rights_never_received() {
     let (ours, theirs) = sockets();
     let fixture = Fixture::new();
     let map = Map::new(1);

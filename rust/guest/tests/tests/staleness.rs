@@ -12,10 +12,10 @@ use linux_raw_sys::{
     mempolicy::{MPOL_MF_MOVE, MPOL_MF_STRICT},
 };
 use rustix::{
-    fs::{FallocateFlags, MemfdFlags, fallocate, fsync, ftruncate},
+    fs::{FallocateFlags, MemfdFlags, fallocate, fsync},
     io::{Errno, pwrite},
     ioctl::{Opcode, Updater, ioctl, opcode},
-    mm::{MapFlags, MprotectFlags, MremapFlags, mlock, mremap, mremap_fixed, munlock},
+    mm::{MapFlags, MprotectFlags, MremapFlags, mremap, mremap_fixed, munlock},
     process::{PidfdFlags, getpid, pidfd_open},
 };
 use std::{
@@ -127,7 +127,7 @@ fn on_disk() -> Memory {
     // The file keeps it.
     run(&format!("umount -l {mount}"));
     let file = OwnedFd::from(file.expect("make a file"));
-    ftruncate(&file, 2 * PAGE as u64).expect("ftruncate");
+    rustix::fs::ftruncate(&file, 2 * PAGE as u64).expect("ftruncate");
     Memory {
         map: Map::of_file(&file, 2, MapFlags::SHARED),
         pages: 2,
@@ -253,7 +253,7 @@ fn setup(memory: &Memory) -> (Fixture, Peer, Mr) {
     let mr = fixture.watch(memory.map, 0..1, 7);
     let before = fixture.page.load();
     assert!(reaches(&peer, memory.map, &mr), "a new registration");
-    fixture.expect_quiet_since(before, "RDMA");
+    fixture.expect_quiet(before, "RDMA");
     (fixture, peer, mr)
 }
 
@@ -279,15 +279,15 @@ fn becomes_stale(memory: Memory, reasons: u32, change: impl FnOnce(&Memory)) {
 
 /// G7: `change` is not reported, and RDMA still reaches what is mapped.
 #[track_caller]
-fn stays_fresh(memory: Memory, change: impl FnOnce(&Memory)) {
+fn is_quiet(memory: Memory, change: impl FnOnce(&Memory)) {
     let (fixture, peer, mr) = setup(&memory);
     let before = fixture.page.load();
     change(&memory);
-    fixture.expect_quiet_since(before, "the change");
+    fixture.expect_quiet(before, "the change");
     assert!(reaches(&peer, memory.map, &mr), "it is stale");
     memory.map.store(0, 0x33);
     assert!(reaches(&peer, memory.map, &mr), "it is stale after a store");
-    fixture.expect_quiet_since(before, "RDMA");
+    fixture.expect_quiet(before, "RDMA");
 }
 
 /// RDMA still reaches what is mapped after `change`, which may be reported: the
@@ -310,13 +310,13 @@ fn setup_for_reading(memory: &Memory) -> (Fixture, Peer, Mr) {
     let mut args = fixture.args(memory.map, 0..1, 7);
     args.access = IBV_ACCESS_REMOTE_READ;
     let mr = reg(&fixture.pd, &args);
-    fixture.expect_quiet_since(0, "the registration");
+    fixture.expect_quiet(0, "the registration");
     (fixture, peer, mr)
 }
 
 /// G7: write-back cleans the page, and leaves it where it is.
 #[test]
-fn written_back() {
+fn fsync_writeback() {
     let memory = on_disk();
     let (fixture, peer, mr) = setup_for_reading(&memory);
     for byte in [0x22, 0x33] {
@@ -324,12 +324,12 @@ fn written_back() {
         fsync(memory.file()).expect("fsync");
         assert_eq!(peer.read(memory.map.at(0), mr.rkey()), byte, "RDMA");
     }
-    fixture.expect_quiet_since(0, "write-back");
+    fixture.expect_quiet(0, "write-back");
 }
 
 /// G1: memory failure takes the page away from the file, which gets a new one.
 #[test]
-fn poisoned() {
+fn madv_hwpoison() {
     let memory = on_disk();
     let (fixture, peer, mr) = setup_for_reading(&memory);
     fsync(memory.file()).expect("fsync");
@@ -382,12 +382,12 @@ fn mirror<const CALL: Opcode>(memory: &Memory) -> Result<(), Errno> {
 /// G7: a device gets exclusive access to the page, which stays. That RDMA does not
 /// mind, and that the CPU gets it back by its next access, may be reported.
 #[test]
-fn taken_by_a_device() {
+fn hmm_exclusive() {
     let memory = private();
     let (fixture, peer, mr) = setup(&memory);
     let before = fixture.page.load();
     mirror::<EXCLUSIVE>(&memory).expect("exclusive access");
-    fixture.expect_quiet_since(before, "the device's access");
+    fixture.expect_quiet(before, "the device's access");
     assert!(reaches(&peer, memory.map, &mr), "it is stale");
     eprintln!("reported: {:?}", read_all(&fixture.queue));
 }
@@ -418,24 +418,24 @@ fn move_away(memory: &Memory, flags: MapFlags) {
 
 fn truncate_and_extend(memory: &Memory) {
     for len in [0, memory.len()] {
-        ftruncate(memory.file(), len as u64).expect("ftruncate");
+        rustix::fs::ftruncate(memory.file(), len as u64).expect("ftruncate");
     }
 }
 
-fn punch_hole(memory: &Memory) {
+fn punch(memory: &Memory) {
     let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     fallocate(memory.file(), mode, 0, memory.len() as u64).expect("fallocate");
 }
 
 rows! { becomes_stale:
     /// munmap, and mmap at the same address.
-    unmapped_and_mapped_again(private(), UNMAPPED, |m| unmap_and_map(m, MapFlags::PRIVATE));
+    munmap_mmap(private(), UNMAPPED, |m| unmap_and_map(m, MapFlags::PRIVATE));
     /// mmap over it.
-    mapped_over(private(), UNMAPPED, |m| m.map.map_over(m.all()));
+    mmap_over(private(), UNMAPPED, |m| m.map.map_over(m.all()));
     /// mremap to elsewhere, and mmap at the old address.
-    moved_away(private(), UNMAPPED, |m| move_away(m, MapFlags::PRIVATE));
+    mremap_move(private(), UNMAPPED, |m| move_away(m, MapFlags::PRIVATE));
     /// mremap to a smaller size, and mmap of what was cut off.
-    cut_off(tail(), UNMAPPED, |m| {
+    mremap_shrink(tail(), UNMAPPED, |m| {
         let start = m.map.void(0).wrapping_byte_sub(PAGE);
         // SAFETY: No reference points into a map.
         let cut = unsafe { mremap(start, 2 * PAGE, PAGE, MremapFlags::empty()) };
@@ -443,25 +443,25 @@ rows! { becomes_stale:
         m.map.map_over(m.all());
     });
     /// Another mapping is moved over it.
-    moved_over(private(), UNMAPPED, |m| private().move_to(m.map, MremapFlags::MAYMOVE));
+    mremap_over(private(), UNMAPPED, |m| private().move_to(m.map, MremapFlags::MAYMOVE));
     /// The pages are moved to elsewhere, the mapping stays.
-    moved_and_kept(private(), UNMAPPED, |m| {
+    mremap_dontunmap(private(), UNMAPPED, |m| {
         m.move_to(private().map, MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP);
     });
     /// brk to a lower end, and back.
-    heap_shrunk_and_regrown(heap(), UNMAPPED, shrink_and_regrow);
+    brk(heap(), UNMAPPED, shrink_and_regrow);
     /// MADV_DONTNEED.
-    given_up(private(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
+    madv_dontneed(private(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
     /// MADV_DONTNEED of a file's private page: the file's is there again.
-    given_up_copy(copied(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
+    madv_dontneed_private_file(copied(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
     /// MADV_DONTNEED_LOCKED.
-    given_up_locked(private(), MAYBE_STALE, |m| {
+    madv_dontneed_locked(private(), MAYBE_STALE, |m| {
         // SAFETY: It is mapped.
-        unsafe { mlock(m.map.void(0), m.len()) }.expect("mlock");
+        unsafe { rustix::mm::mlock(m.map.void(0), m.len()) }.expect("mlock");
         m.advise(libc::MADV_DONTNEED_LOCKED);
     });
     /// MADV_DONTNEED by process_madvise.
-    given_up_by_process_madvise(private(), MAYBE_STALE, |m| {
+    madv_dontneed_process_madvise(private(), MAYBE_STALE, |m| {
         let this = pidfd_open(getpid(), PidfdFlags::empty()).expect("pidfd_open");
         let memory = libc::iovec {
             iov_base: m.map.void(0),
@@ -481,7 +481,7 @@ rows! { becomes_stale:
         assert_eq!(len, m.len() as i64, "process_madvise: {}", io::Error::last_os_error());
     });
     /// MADV_DONTNEED by io_uring.
-    given_up_by_io_uring(private(), MAYBE_STALE, |m| {
+    madv_dontneed_io_uring(private(), MAYBE_STALE, |m| {
         let mut ring = IoUring::new(1).expect("make a ring");
         let advise = Madvise::new(m.map.void(0).cast(), m.len() as i64, libc::MADV_DONTNEED);
         // SAFETY: As in `move_to`.
@@ -491,59 +491,59 @@ rows! { becomes_stale:
         assert_eq!(result, Some(0), "madvise");
     });
     /// MADV_DONTNEED of a huge page that the kernel made.
-    given_up_transparent_huge_page(thp(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
+    madv_dontneed_thp(thp(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
     /// MADV_GUARD_INSTALL, and MADV_GUARD_REMOVE.
-    guarded(private(), MAYBE_STALE, |m| {
+    madv_guard_install(private(), MAYBE_STALE, |m| {
         for advice in [102, 103] {
             m.advise(advice);
         }
     });
     /// MADV_REMOVE.
-    removed(shared(), MAYBE_STALE, |m| m.advise(libc::MADV_REMOVE));
+    madv_remove(shared(), MAYBE_STALE, |m| m.advise(libc::MADV_REMOVE));
     /// fallocate with FALLOC_FL_PUNCH_HOLE.
-    hole_punched(shared(), MAYBE_STALE, punch_hole);
+    punch_hole(shared(), MAYBE_STALE, punch);
     /// The same by another process.
-    hole_punched_by_another(shared(), MAYBE_STALE, |m| {
+    punch_hole_by_another_process(shared(), MAYBE_STALE, |m| {
         let child = in_child(|| {
-            punch_hole(m);
+            punch(m);
             0
         });
         assert_eq!(child, Exit::Code(0), "the child");
     });
     /// ftruncate to nothing, and back.
-    truncated(shared(), MAYBE_STALE, truncate_and_extend);
+    ftruncate(shared(), MAYBE_STALE, truncate_and_extend);
     /// The same under a private mapping, which loses its copy.
-    truncated_under_a_copy(copied(), MAYBE_STALE, truncate_and_extend);
+    ftruncate_private_file(copied(), MAYBE_STALE, truncate_and_extend);
     /// remap_file_pages: another page of the file is mapped there.
-    remapped(shared(), UNMAPPED, |m| {
+    remap_file_pages(shared(), UNMAPPED, |m| {
         // SAFETY: As in `move_to`.
         let ret = unsafe { libc::remap_file_pages(m.map.void(0), PAGE, 0, 1, 0) };
         assert_eq!(ret, 0, "remap_file_pages: {}", io::Error::last_os_error());
     });
     /// shmdt, and shmat of another segment.
-    segment_detached(system_v(), UNMAPPED, |m| {
+    shmdt(system_v(), UNMAPPED, |m| {
         // SAFETY: As in `move_to`.
         assert_eq!(unsafe { libc::shmdt(m.map.void(0)) }, 0, "shmdt");
         attach(segment(), m.map.void(0), 0);
     });
     /// shmat of another segment with SHM_REMAP.
-    segment_attached_over(system_v(), UNMAPPED, |m| {
+    shmat_remap(system_v(), UNMAPPED, |m| {
         attach(segment(), m.map.void(0), libc::SHM_REMAP);
     });
     /// Huge pages: munmap, and mmap at the same address.
-    huge_unmapped_and_mapped_again(huge(), UNMAPPED, |m| unmap_and_map(m, PRIVATE_HUGE));
+    hugetlb_munmap_mmap(huge(), UNMAPPED, |m| unmap_and_map(m, PRIVATE_HUGE));
     /// Huge pages: mremap to elsewhere, and mmap at the old address.
-    huge_moved_away(huge(), UNMAPPED | MAYBE_STALE, |m| move_away(m, PRIVATE_HUGE));
+    hugetlb_mremap_move(huge(), UNMAPPED | MAYBE_STALE, |m| move_away(m, PRIVATE_HUGE));
     /// Huge pages: MADV_DONTNEED.
-    huge_given_up(huge(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
+    hugetlb_madv_dontneed(huge(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
     /// Huge pages: fallocate with FALLOC_FL_PUNCH_HOLE.
-    huge_hole_punched(shared_huge(), MAYBE_STALE, punch_hole);
+    hugetlb_punch_hole(shared_huge(), MAYBE_STALE, punch);
     /// Huge pages: ftruncate to nothing, and back.
-    huge_truncated(shared_huge(), MAYBE_STALE, truncate_and_extend);
+    hugetlb_ftruncate(shared_huge(), MAYBE_STALE, truncate_and_extend);
 }
 
 /// fork, with stores on both sides, and the child's end.
-fn fork(memory: &Memory) {
+fn fork_and_store(memory: &Memory) {
     let child = Child::idle();
     memory.map.store(0, 0x44);
     child.kill();
@@ -584,16 +584,16 @@ fn balance(memory: &Memory) {
     idle.join().unwrap();
 }
 
-rows! { stays_fresh:
+rows! { is_quiet:
     /// mprotect to less, and back.
-    protected(private(), |m| {
+    mprotect(private(), |m| {
         for protection in [MprotectFlags::READ, MprotectFlags::empty()] {
             m.map.protect(0..1, protection);
         }
         m.map.protect(m.all(), MprotectFlags::READ | MprotectFlags::WRITE);
     });
     /// The same by another protection key.
-    protected_by_key(private(), |m| {
+    pkey_mprotect(private(), |m| {
         // SAFETY: It makes a key, which is for nothing yet.
         let key = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) };
         assert!(key > 0, "pkey_alloc: {}", io::Error::last_os_error());
@@ -605,7 +605,7 @@ rows! { stays_fresh:
         }
     });
     /// fork, and exec by the child.
-    forked_and_executed(private(), |m| {
+    fork_exec(private(), |m| {
         let child = in_child(|| {
             m.map.store(0, 0x55);
             panic!("exec: {}", Command::new("true").exec());
@@ -613,25 +613,25 @@ rows! { stays_fresh:
         assert_eq!(child, Exit::Code(0), "the child");
     });
     /// fork, with stores on both sides.
-    forked(private(), fork);
+    fork(private(), fork_and_store);
     /// The same with a file's private page.
-    forked_copy(copied(), fork);
+    fork_private_file(copied(), fork_and_store);
     /// The same with a file's shared page.
-    forked_shared(shared(), fork);
+    fork_shared_file(shared(), fork_and_store);
     /// The bits that tell written pages are cleared.
-    soft_dirty_cleared(private(), |m| {
+    soft_dirty(private(), |m| {
         fs::write("/proc/self/clear_refs", "4").expect("clear the bits");
         m.map.store(0, 0x22);
     });
     /// Write-protection by userfaultfd, and its end.
-    write_protected(private(), |m| {
+    uffd_wp(private(), |m| {
         let fault = Userfault::writes(m.map, m.all());
         for protect in [true, false] {
             fault.protect(m.map, m.all(), protect);
         }
     });
     /// Write-protection by PAGEMAP_SCAN, which a store ends.
-    write_protected_by_scan(private(), |m| {
+    pagemap_scan_wp(private(), |m| {
         const SCAN: Opcode = opcode::read_write::<pm_scan_arg>(b'f', 16);
         let _fault = Userfault::written(m.map, m.all());
         let mut argument = pm_scan_arg {
@@ -655,26 +655,26 @@ rows! { stays_fresh:
         m.map.store(0, 0x22);
     });
     /// migrate_vma() to a device: a pinned page does not move.
-    tried_to_be_moved_to_a_device(private(), |m| {
+    hmm_migrate(private(), |m| {
         assert_eq!(mirror::<MIGRATE_TO_DEVICE>(m), Err(Errno::NOENT), "nothing is there");
     });
     /// NUMA balancing makes pages fault.
-    balanced(anonymous(256, MapFlags::PRIVATE), balance);
+    numa_hinting(anonymous(256, MapFlags::PRIVATE), balance);
     /// mremap to a larger size, in place.
-    grown(private(), |m| {
+    mremap_grow(private(), |m| {
         m.map.unmap(1..2);
         // SAFETY: No reference points into a map.
         let grown = unsafe { mremap(m.map.void(0), PAGE, 2 * PAGE, MremapFlags::empty()) };
         assert_eq!(grown, Ok(m.map.void(0)), "mremap");
     });
     /// mlock and munlock.
-    locked(private(), |m| {
+    mlock(private(), |m| {
         // SAFETY: It is mapped.
-        unsafe { mlock(m.map.void(0), m.len()).and_then(|()| munlock(m.map.void(0), m.len())) }
+        unsafe { rustix::mm::mlock(m.map.void(0), m.len()).and_then(|()| munlock(m.map.void(0), m.len())) }
             .expect("mlock and munlock");
     });
     /// Advice that concerns the future.
-    advised(private(), |m| {
+    madvise_hints(private(), |m| {
         for advice in [
             libc::MADV_COLD,
             libc::MADV_WILLNEED,
@@ -693,7 +693,7 @@ rows! { stays_fresh:
         }
     });
     /// MADV_PAGEOUT.
-    paged_out(private(), |m| m.advise(libc::MADV_PAGEOUT));
+    madv_pageout(private(), |m| m.advise(libc::MADV_PAGEOUT));
 }
 
 const NODES: c_int = 2;
@@ -778,36 +778,36 @@ fn merge(memory: &Memory) {
 
 rows! { is_not_stale:
     /// MADV_FREE: the page stays while it is pinned.
-    freed(private(), |m| m.advise(libc::MADV_FREE));
+    madv_free(private(), |m| m.advise(libc::MADV_FREE));
     /// MADV_DONTNEED of a shared page: the same page comes back.
-    shared_given_up(shared(), |m| m.advise(libc::MADV_DONTNEED));
+    madv_dontneed_shared(shared(), |m| m.advise(libc::MADV_DONTNEED));
     /// A hole below a private page, which is a copy.
-    hole_punched_under_a_copy(copied(), punch_hole);
+    punch_hole_private_file(copied(), punch);
     /// fork with huge pages: the child gets the copy.
-    huge_forked(huge(), fork);
+    hugetlb_fork(huge(), fork_and_store);
     /// fork with a huge page that the kernel made.
-    transparent_huge_page_forked(thp(), fork);
+    thp_fork(thp(), fork_and_store);
     /// KSM does not merge a pinned page.
-    merged(private(), merge);
+    ksm(private(), merge);
     /// MADV_COLLAPSE does not replace a pinned page.
-    collapsed(aligned(), |m| {
+    madv_collapse(aligned(), |m| {
         m.all().for_each(|page| m.map.store(page, 0x11));
         eprintln!("{:?}", m.map.advise(m.all(), libc::MADV_COLLAPSE));
     });
     /// move_pages does not move a pinned page.
-    moved_to_another_node(private(), |m| {
+    move_pages(private(), |m| {
         let to = other_node(m);
         eprintln!("{}", move_page(m, Some(to)));
         assert_ne!(move_page(m, None), to, "the page's node");
     });
     /// mbind does not move a pinned page.
-    bound_to_another_node(private(), |m| {
+    mbind(private(), |m| {
         let to = other_node(m);
         expect_errno(bind(m), Errno::IO, "mbind");
         assert_ne!(move_page(m, None), to, "the page's node");
     });
     /// munmap of the other half of a huge page that the kernel made.
-    partly_unmapped_huge_page(thp(), |m| m.map.unmap(HUGE / 2..HUGE));
+    thp_munmap_other_half(thp(), |m| m.map.unmap(HUGE / 2..HUGE));
     /// mprotect of that half.
-    partly_protected_huge_page(thp(), |m| m.map.protect(HUGE / 2..HUGE, MprotectFlags::READ));
+    thp_mprotect_other_half(thp(), |m| m.map.protect(HUGE / 2..HUGE, MprotectFlags::READ));
 }
