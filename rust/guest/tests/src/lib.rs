@@ -31,6 +31,7 @@ pub use map::{Map, PAGE, memfd};
 pub use process::{Blocked, Child, Exit, in_child, sleeps, stop, stop_traced, within};
 pub use userfault::Userfault;
 
+use libc::c_int;
 use rustix::io::Errno;
 use std::{
     fmt, io,
@@ -300,4 +301,31 @@ pub fn read_raw(queue: impl AsFd, addr: *mut u8, len: usize) -> io::Result<usize
     // SAFETY: The kernel checks the address; the tests pass only maps.
     let ret = unsafe { libc::read(queue.as_fd().as_raw_fd(), addr.cast(), len) };
     usize::try_from(ret).map_err(|_| io::Error::last_os_error())
+}
+
+/// What preadv2() with `flags` returns for pieces of these lengths: the bytes read.
+pub fn read_pieces(queue: impl AsFd, lengths: &[usize], flags: c_int) -> io::Result<Vec<u8>> {
+    let mut pieces: Vec<_> = lengths.iter().map(|&len| vec![0_u8; len]).collect();
+    let vectors: Vec<_> = pieces
+        .iter_mut()
+        .map(|piece| libc::iovec {
+            iov_base: piece.as_mut_ptr().cast(),
+            iov_len: piece.len(),
+        })
+        .collect();
+    let (fd, count) = (queue.as_fd().as_raw_fd(), vectors.len() as c_int);
+    // SAFETY: The pieces live until it returns. The file has no position.
+    let ret = unsafe { libc::preadv2(fd, vectors.as_ptr(), count, -1, flags) };
+    let len = usize::try_from(ret).map_err(|_| io::Error::last_os_error())?;
+    let mut bytes = pieces.concat();
+    bytes.truncate(len);
+    Ok(bytes)
+}
+
+/// The event that `bytes` are.
+pub fn event(bytes: &[u8]) -> Record {
+    assert_eq!(bytes.len(), size_of::<Event>(), "bytes of an event");
+    // SAFETY: An event is valid whatever its bytes are.
+    let event = unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() };
+    event.into()
 }

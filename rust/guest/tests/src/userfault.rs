@@ -5,7 +5,7 @@ use crate::map::{Map, PAGE};
 use linux_raw_sys::{general::*, ioctl::*};
 use rustix::{
     io::read,
-    ioctl::{Opcode, Updater, ioctl},
+    ioctl::{Opcode, Updater, ioctl, opcode},
     mm::{UserfaultfdFlags, userfaultfd},
 };
 use std::{ops::Range, os::fd::OwnedFd};
@@ -70,6 +70,26 @@ impl Userfault {
             range: range(map, pages),
             mode: 0,
             zeropage: 0,
+        });
+    }
+
+    /// As [`Self::missing`], for [`Self::poison`].
+    pub fn poisonable(map: Map, pages: Range<usize>) -> Self {
+        Self::register(
+            map,
+            pages,
+            UFFDIO_REGISTER_MODE_MISSING,
+            UFFD_FEATURE_POISON,
+        )
+    }
+
+    /// Lets accesses to `pages` fail as if the memory had failed.
+    pub fn poison(&self, map: Map, pages: Range<usize>) {
+        const POISON: Opcode = opcode::read_write::<uffdio_poison>(0xaa, _UFFDIO_POISON as u8);
+        self.call::<POISON, _>(&mut uffdio_poison {
+            range: range(map, pages),
+            mode: 0,
+            updated: 0,
         });
     }
 

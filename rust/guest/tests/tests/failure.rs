@@ -2,9 +2,11 @@
 //! Responses that cannot be copied out, drivers that fail to deregister, and memory
 //! that is short.
 
+use perf_event::{Builder, events::Breakpoint};
 use rustix::{event::PollFlags, io::Errno, ioctl::opcode, mm::MprotectFlags};
 use std::{
     fs, io, mem,
+    ops::Range,
     os::{
         fd::{AsFd, AsRawFd},
         unix::process::CommandExt,
@@ -38,19 +40,21 @@ enum Fault {
     Output(u32),
 }
 
-/// REG_MR of `args` with all the responses there are, one of which faults: it must
-/// fail with that. Returns the handle that the region would have had.
-#[track_caller]
-fn reg_faults(fixture: &Fixture, args: &MrArgs, fault: Fault) -> u32 {
-    let outputs = Map::new(2);
-    outputs.unmap(1..2);
-    let at = |id, offset| match fault {
-        Fault::Output(faulty) if faulty == id => outputs.at(1) as u64,
-        _ => outputs.at(0) as u64 + offset,
+/// The attributes of REG_MR of `args`, with all responses. `at` returns where the response
+/// of an attribute goes, of which the default is the second argument.
+fn reg_attrs(
+    fixture: &Fixture,
+    args: &MrArgs,
+    at: impl Fn(u32, *mut u8) -> *mut u8,
+) -> Vec<ib_uverbs_attr> {
+    let outputs = Map::new(1);
+    let output = |id, len, place: usize| {
+        let default = outputs.at(0).wrapping_add(8 * place);
+        attr(id, len, at(id, default) as u64)
     };
     let fd = args.notify_fd.expect("watched") as u64;
     let cookie = args.cookie.expect("watched");
-    let mut attrs = vec![
+    vec![
         attr(UVERBS_ATTR_REG_MR_HANDLE, 0, 0),
         attr(UVERBS_ATTR_REG_MR_PD_HANDLE, 0, fixture.pd.handle().into()),
         attr(UVERBS_ATTR_REG_MR_IOVA, 8, args.addr),
@@ -60,71 +64,98 @@ fn reg_faults(fixture: &Fixture, args: &MrArgs, fault: Fault) -> u32 {
         attr(UVERBS_ATTR_REG_MR_NOTIFY_FD, 0, fd),
         attr(UVERBS_ATTR_REG_MR_NOTIFY_COOKIE, 8, cookie),
         attr(UVERBS_ATTR_UHW_IN, 8, 0),
-        attr(UVERBS_ATTR_UHW_OUT, 8, at(UVERBS_ATTR_UHW_OUT, 16)),
-        attr(
-            UVERBS_ATTR_REG_MR_RESP_LKEY,
-            4,
-            at(UVERBS_ATTR_REG_MR_RESP_LKEY, 0),
-        ),
-        attr(
-            UVERBS_ATTR_REG_MR_RESP_RKEY,
-            4,
-            at(UVERBS_ATTR_REG_MR_RESP_RKEY, 8),
-        ),
-    ];
-    let protect = matches!(fault, Fault::Attr(_));
+        output(UVERBS_ATTR_UHW_OUT, 8, 2),
+        output(UVERBS_ATTR_REG_MR_RESP_LKEY, 4, 0),
+        output(UVERBS_ATTR_REG_MR_RESP_RKEY, 4, 1),
+    ]
+}
+
+/// REG_MR of `args`, of which one response faults: it must fail with that. Returns the
+/// handle that the region would have had.
+#[track_caller]
+fn reg_faults(fixture: &Fixture, args: &MrArgs, fault: Fault) -> u32 {
+    let nowhere = Map::new(1);
+    nowhere.unmap(0..1);
+    let mut attrs = reg_attrs(fixture, args, |id, default| match fault {
+        Fault::Output(faulty) if faulty == id => nowhere.at(0),
+        _ => default,
+    });
     if let Fault::Attr(faulty) = fault {
         attrs.sort_by_key(|attr| u32::from(attr.attr_id) == faulty);
     }
-    let method = (UVERBS_OBJECT_MR, UVERBS_METHOD_REG_MR);
-    let (ret, attrs) = call(&fixture.context, method, &attrs, protect);
+    let call = Call::new(&fixture.context, REG_MR, &attrs);
+    if let Fault::Attr(_) = fault {
+        call.protect_last();
+    }
+    let ret = call.make(&fixture.context);
     expect_errno(ret, Errno::FAULT, &format!("{fault:?}"));
-    let handle = attrs
-        .iter()
-        .find(|attr| u32::from(attr.attr_id) == UVERBS_ATTR_REG_MR_HANDLE);
-    // SAFETY: All members of the union are plain.
-    unsafe { handle.expect("the handle").__bindgen_anon_1.data as u32 }
+    // SAFETY: It is valid, and all members of the union are plain.
+    unsafe {
+        (*call.attr(UVERBS_ATTR_REG_MR_HANDLE))
+            .__bindgen_anon_1
+            .data as u32
+    }
 }
 
-/// Calls the method of an object with attributes of which the last is on a page of its
-/// own, which is read-only if `protect`. Returns the attributes as the kernel left them.
-fn call(
-    context: &Context,
-    (object, method): (u32, u32),
-    attrs: &[ib_uverbs_attr],
-    protect: bool,
-) -> (io::Result<()>, Vec<ib_uverbs_attr>) {
-    const CALL: u32 = opcode::read_write::<ib_uverbs_ioctl_hdr>(RDMA_IOCTL_MAGIC as u8, 1);
-    let header = ib_uverbs_ioctl_hdr {
-        length: (size_of::<ib_uverbs_ioctl_hdr>() + size_of_val(attrs)) as u16,
-        object_id: object as u16,
-        method_id: method as u16,
-        num_attrs: attrs.len() as u16,
-        driver_id: context.driver_id(),
-        ..Default::default()
-    };
-    let request = Map::new(2);
-    // SAFETY: Both fit in the two pages, and are aligned.
-    let (header, first) = unsafe {
-        let first: *mut ib_uverbs_attr = request.at(1).cast();
-        let first = first.sub(attrs.len() - 1);
-        ptr::copy_nonoverlapping(attrs.as_ptr(), first, attrs.len());
-        let at: *mut ib_uverbs_ioctl_hdr = first.cast();
-        let at = at.sub(1);
-        at.write(header);
-        (at, first)
-    };
-    if protect {
-        request.protect(1..2, MprotectFlags::READ);
+const REG_MR: (u32, u32) = (UVERBS_OBJECT_MR, UVERBS_METHOD_REG_MR);
+
+/// A call of the method of an object, in a map of its own. The last attribute begins a
+/// page.
+struct Call {
+    map: Map,
+    header: *mut ib_uverbs_ioctl_hdr,
+    attrs: Range<*mut ib_uverbs_attr>,
+}
+
+impl Call {
+    fn new(context: &Context, (object, method): (u32, u32), attrs: &[ib_uverbs_attr]) -> Self {
+        let map = Map::new(2);
+        let last: *mut ib_uverbs_attr = map.at(1).cast();
+        let first = last.wrapping_sub(attrs.len() - 1);
+        let header = first.cast::<ib_uverbs_ioctl_hdr>().wrapping_sub(1);
+        // SAFETY: Both fit in the two pages, and are aligned.
+        unsafe {
+            ptr::copy_nonoverlapping(attrs.as_ptr(), first, attrs.len());
+            header.write(ib_uverbs_ioctl_hdr {
+                length: (size_of::<ib_uverbs_ioctl_hdr>() + size_of_val(attrs)) as u16,
+                object_id: object as u16,
+                method_id: method as u16,
+                num_attrs: attrs.len() as u16,
+                driver_id: context.driver_id(),
+                ..Default::default()
+            });
+        }
+        Self {
+            map,
+            header,
+            attrs: first..last.wrapping_add(1),
+        }
     }
-    // SAFETY: The attributes point to maps.
-    let ret = match unsafe { libc::ioctl(context.as_fd().as_raw_fd(), CALL.into(), header) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    };
-    // SAFETY: There are as many attributes.
-    let attrs = (0..attrs.len()).map(|n| unsafe { first.add(n).read() });
-    (ret, attrs.collect())
+
+    /// Makes the page of the last attribute read-only.
+    fn protect_last(&self) {
+        self.map.protect(1..2, MprotectFlags::READ);
+    }
+
+    fn make(&self, context: &Context) -> io::Result<()> {
+        const CALL: u32 = opcode::read_write::<ib_uverbs_ioctl_hdr>(RDMA_IOCTL_MAGIC as u8, 1);
+        // SAFETY: The attributes point to maps.
+        match unsafe { libc::ioctl(context.as_fd().as_raw_fd(), CALL.into(), self.header) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// An attribute, as the kernel left it.
+    fn attr(&self, id: u32) -> *mut ib_uverbs_attr {
+        let mut attr = self.attrs.start;
+        // SAFETY: It does not go beyond the last attribute.
+        while unsafe { u32::from((*attr).attr_id) != id } {
+            attr = attr.wrapping_add(1);
+            assert_ne!(attr, self.attrs.end, "no attribute {id:#x}");
+        }
+        attr
+    }
 }
 
 /// To register two pages that the pin replaces: the region is born stale.
@@ -134,8 +165,28 @@ fn born_stale(fixture: &Fixture) -> (Map, MrArgs) {
     (map, fixture.args(map, 0..2, 7))
 }
 
-/// G3, G8: wherever the response to a registration faults, nothing is reported,
-/// also not if there would have been something at once, and nothing stays.
+/// G3: going live is the last thing that a registration does. The mark of the driver's
+/// response was written twice, the second time when events could already be read.
+#[test]
+fn response_is_written_before_going_live() {
+    let fixture = Fixture::new();
+    let (_, args) = born_stale(&fixture);
+    let attrs = reg_attrs(&fixture, &args, |_, default| default);
+    let call = Call::new(&fixture.context, REG_MR, &attrs);
+    // SAFETY: It is valid.
+    let mark = unsafe { &raw const (*call.attr(UVERBS_ATTR_UHW_OUT)).flags };
+    let breakpoint = Breakpoint::write(mark as u64, 2);
+    let writes = Builder::new(breakpoint).include_kernel().build();
+    let mut writes = writes.expect("make a breakpoint");
+    writes.enable().expect("enable the breakpoint");
+    call.make(&fixture.context).expect("REG_MR");
+    writes.disable().expect("disable the breakpoint");
+    assert_eq!(read_all(&fixture.queue).len(), 1, "events of the region");
+    assert_eq!(writes.read().expect("count"), 1, "writes of the mark");
+}
+
+/// G3, G8: a registration whose response faults reports nothing and leaves nothing, also
+/// if the region was born stale.
 #[test]
 fn response_faults() {
     let fixture = Fixture::new();
@@ -181,8 +232,10 @@ fn response_of_allocation_faults() {
     let before = files();
     let method = (UVERBS_OBJECT_MMU_NOTIFY, UVERBS_METHOD_MMU_NOTIFY_ALLOC);
     let attrs = [attr(UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE, 0, 0)];
-    let (ret, _) = call(&fixture.context, method, &attrs, true);
-    expect_errno(ret, Errno::FAULT, "MMU_NOTIFY_ALLOC");
+    let call = Call::new(&fixture.context, method, &attrs);
+    call.protect_last();
+    let made = call.make(&fixture.context);
+    expect_errno(made, Errno::FAULT, "MMU_NOTIFY_ALLOC");
     assert_eq!(files(), before, "open files");
 }
 
@@ -563,7 +616,7 @@ fn registration_without_memory() {
     fixture.expect_quiet(0, "what has failed, and what has ended");
 }
 
-/// G4: a hit allocates nothing, so that there is nothing to fail.
+/// G4: an invalidation allocates nothing.
 #[test]
 fn invalidation_without_memory() {
     let fixture = Fixture::new();
@@ -575,5 +628,5 @@ fn invalidation_without_memory() {
         let ((), failed) = fail.at(1, || map.dont_need(page..page + 1));
         assert!(!failed, "page {page}: an allocation");
     }
-    fixture.expect(&[Record::new(map, 0..2, 7, 2, MAYBE_STALE)]);
+    fixture.expect(&[Record::new(map, 0..2, 7, 1, MAYBE_STALE)]);
 }

@@ -10,7 +10,7 @@ use rustix::{
 use std::{
     io, mem,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
-    sync::atomic::{AtomicI32, Ordering},
+    sync::atomic::{AtomicBool, AtomicI32, Ordering},
     thread::{self, JoinHandle},
 };
 use uverbs_mmu_notify::{Event, Mr, NotifyQueue, sys::uapi::RDMA_DRIVER_RXE};
@@ -146,6 +146,85 @@ fn waits_for_more_of_its_buffer() {
     stuck(BATCH);
 }
 
+/// G4, interface: a buffer whose second page fails for good makes read() short although
+/// the queue is not empty, and then fails it. `ready` events fit on the first page.
+#[track_caller]
+fn second_page_fails(buffer: Map, ready: usize) {
+    let setup = Setup::new(Fixture::new());
+    let queue = &setup.fixture.queue;
+    let read = |from: *mut u8| read_raw(queue, from, REGIONS * RECORD);
+    let first = read(buffer.at(1).wrapping_sub(ready * RECORD));
+    assert_eq!(first.expect("read"), ready * RECORD, "bytes read");
+    expect_errno(read(buffer.at(1)), Errno::FAULT, "read() of the next event");
+    let left = read_all(queue);
+    let cookies: Vec<_> = left.iter().map(|event| event.cookie as usize).collect();
+    assert!(cookies.into_iter().eq(ready..REGIONS - 1), "{left:?}");
+    for (page, mr) in setup.mrs.into_iter().enumerate() {
+        let mut mr = mr;
+        let reported = mr.destroy().expect("deregister");
+        assert_eq!(reported, u32::from(page < REGIONS - 1), "of page {page}");
+    }
+}
+
+/// It is beyond the end of a file.
+#[test]
+fn second_page_is_beyond_the_file() {
+    for ready in [3, BATCH + 1] {
+        let file = memfd(1, MemfdFlags::empty());
+        second_page_fails(Map::of_file(&file, 2, MapFlags::SHARED), ready);
+    }
+}
+
+/// It is poisoned.
+#[test]
+fn second_page_is_poisoned() {
+    for ready in [3, BATCH + 1] {
+        let buffer = Map::untouched(2);
+        let fault = Userfault::poisonable(buffer, 1..2);
+        fault.poison(buffer, 1..2);
+        second_page_fails(buffer, ready);
+    }
+}
+
+/// G4, G5: other threads take the buffer away all the time. read() ends nevertheless, and
+/// the count is exact.
+#[test]
+fn buffer_is_taken_away() {
+    const ROUNDS: u32 = 20;
+    let fixture = Fixture::new();
+    let (map, buffer) = (Map::new(REGIONS), Map::new(1));
+    let mrs = fixture.watch_each(map, 0..REGIONS);
+    let done = AtomicBool::new(false);
+    let read = thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    buffer.dont_need(0..1);
+                }
+            });
+        }
+        let mut read = 0;
+        for _ in 0..ROUNDS {
+            map.map_over(0..REGIONS);
+            loop {
+                let result = within("read()", || {
+                    read_raw(&fixture.queue, buffer.at(0), REGIONS * RECORD)
+                });
+                match result {
+                    Ok(bytes) => read += bytes / RECORD,
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                    result => expect_errno(result, Errno::FAULT, "read()"),
+                }
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        read
+    });
+    let counts = mrs.into_iter().map(|mut mr| mr.destroy().unwrap());
+    assert_eq!(counts.sum::<u32>() as usize, read, "events reported");
+    assert_eq!(read, REGIONS * ROUNDS as usize, "events read");
+}
+
 /// The device goes away meanwhile.
 #[test]
 fn waits_for_its_buffer_when_the_device_goes() {
@@ -220,7 +299,8 @@ fn stopped_owner() {
     let child = Child::fork(|| {
         let fixture = Fixture::on(device.name());
         let map = Map::of_file(&file, 3, MapFlags::SHARED);
-        let mr = fixture.watch(map, 0..3, 7);
+        let mr = fixture.watch(map, 0..2, 7);
+        let other = fixture.watch(map, 2..3, 8);
         map.unmap(0..1);
         assert_eq!(read_all(&fixture.queue).len(), 1, "events read");
         map.unmap(1..2);
@@ -229,7 +309,7 @@ fn stopped_owner() {
         stop();
         let read = fixture.queue.read(&mut [Event::default()]);
         expect_errno(read, Errno::IO, "read() after the removal");
-        mem::forget(mr);
+        mem::forget([mr, other]);
         0
     });
     child.wait_stopped();
@@ -239,7 +319,8 @@ fn stopped_owner() {
 
     let before = page.load();
     within("ftruncate", || ftruncate(&file, 0)).expect("ftruncate");
-    assert!(page.load() > before, "the generation after the truncation");
+    // The event of the first two pages is pending, that of the third one is new.
+    assert_eq!(page.load(), before + 1, "generation after ftruncate");
     let _mr = within("REG_MR", || {
         Fixture::on(device.name()).watch(Map::new(1), 0..1, 7)
     });

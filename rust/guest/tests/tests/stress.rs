@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Threads that register, change the mapping, read and deregister at random, and
-//! all that they are told is compared with what they did.
+//! Threads that register, change the mapping, read and deregister at random. What they
+//! read is compared with what they did.
 
 use rand::{
     RngExt, SeedableRng,
@@ -8,7 +8,7 @@ use rand::{
 };
 use rustix::event::Timespec;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     env,
     ops::Range,
     sync::{
@@ -20,39 +20,27 @@ use std::{
 use uverbs_mmu_notify::{Event, Mr};
 use uverbs_mmu_notify_tests::*;
 
-/// Threads that register, each memory of its own.
+/// Threads that register.
 const OWNERS: usize = 3;
 const READERS: usize = 2;
 const STEPS: usize = 60;
 const PAGES: usize = 8;
 
-/// What has been read for one region.
-#[derive(Default)]
-struct Seen {
-    count: u32,
-    /// Of each event: what it covers, and its generation.
-    events: Vec<(Range<u64>, u64)>,
-}
-
-impl Seen {
-    /// Whether events newer than `generation` cover all of `changed`.
-    fn covers(&self, changed: &Range<u64>, generation: u64) -> bool {
-        let newer = || {
-            self.events
-                .iter()
-                .filter(|(_, newest)| *newest > generation)
-        };
-        (changed.start..changed.end)
-            .step_by(PAGE)
-            .all(|page| newer().any(|(hull, _)| hull.contains(&page)))
-    }
+/// The memory of an owner.
+#[derive(Clone, Copy)]
+struct Memory {
+    /// Only the owner changes its mapping, so all events of it are known.
+    own: Map,
+    /// Another thread changes this mapping as well.
+    disturbed: Map,
 }
 
 struct Setup {
     fixture: Fixture,
     next_cookie: AtomicU64,
-    seen: Mutex<HashMap<u64, Seen>>,
-    maps: [Map; OWNERS],
+    /// The events that have been read, by cookie.
+    seen: Mutex<HashMap<u64, Vec<Record>>>,
+    memory: [Memory; OWNERS],
     done: AtomicBool,
 }
 
@@ -68,16 +56,27 @@ fn some_pages(random: &mut SmallRng) -> Range<usize> {
     start..random.random_range(start + 1..=PAGES)
 }
 
-fn addresses(map: Map, pages: &Range<usize>) -> Range<u64> {
-    map.at(pages.start) as u64..map.at(pages.end) as u64
+fn change(map: Map, pages: Range<usize>, random: &mut SmallRng) {
+    if random.random() {
+        map.map_over(pages);
+    } else {
+        // Without a page there would be no event.
+        pages.clone().for_each(|page| map.store(page, 0x11));
+        map.dont_need(pages);
+    }
 }
 
 impl Setup {
     /// Registers, changes, deregisters. Returns the count of each region.
-    fn own(&self, map: Map, mut random: SmallRng) -> Vec<(u64, u32)> {
-        let mut regions = Vec::<Owned>::new();
+    fn own(&self, memory: Memory, mut random: SmallRng) -> Vec<(u64, u32)> {
+        let (mut own, mut disturbed) = (Vec::new(), Vec::new());
         let mut counts = Vec::new();
         for _ in 0..STEPS {
+            let in_own = random.random();
+            let (map, regions) = match in_own {
+                true => (memory.own, &mut own),
+                false => (memory.disturbed, &mut disturbed),
+            };
             match random.random_range(0..4) {
                 0 => {
                     let cookie = self.next_cookie.fetch_add(1, Ordering::Relaxed);
@@ -89,49 +88,69 @@ impl Setup {
                     let region = regions.swap_remove(random.random_range(0..regions.len()));
                     counts.push(deregister(region));
                 }
-                _ => {
-                    let pages = some_pages(&mut random);
-                    self.change(map, pages, &regions, &mut random);
-                }
+                _ if in_own => self.change_own(map, regions, &mut random),
+                _ => change(map, some_pages(&mut random), &mut random),
             }
         }
-        counts.extend(regions.into_iter().map(deregister));
+        counts.extend(own.into_iter().chain(disturbed).map(deregister));
         counts
     }
 
-    /// G1, G2: a change is reported for each region of these that it concerns.
-    fn change(&self, map: Map, pages: Range<usize>, regions: &[Owned], random: &mut SmallRng) {
+    /// G1, G2: a change is reported for each region of these that it concerns, by events
+    /// that cover it and nothing else, and of generations that were new and were reached
+    /// when the change returned. No event of these regions is pending before.
+    fn change_own(&self, map: Map, regions: &[Owned], random: &mut SmallRng) {
+        let pages = some_pages(random);
+        let concerned: Vec<_> = regions
+            .iter()
+            .filter(|region| pages.start < region.pages.end && region.pages.start < pages.end)
+            .map(|region| (region, self.seen(region.cookie, 0).len()))
+            .collect();
         let before = self.fixture.page.load();
-        if random.random() {
-            map.map_over(pages.clone());
-        } else {
-            // Without a page there would be nothing to give up, nor to report.
-            pages.clone().for_each(|page| map.store(page, 0x11));
-            map.dont_need(pages.clone());
-        }
+        change(map, pages.clone(), random);
         let after = self.fixture.page.load();
-        let concerned =
-            |region: &&Owned| pages.start < region.pages.end && region.pages.start < pages.end;
-        for (nth, region) in regions.iter().filter(concerned).enumerate() {
-            assert!(after > before + nth as u64, "{before}, then {after}");
-            let changed = pages.start.max(region.pages.start)..pages.end.min(region.pages.end);
-            let changed = addresses(map, &changed);
-            while !self.has_seen(region.cookie, &changed, before) {
+        for (region, old) in concerned {
+            let (start, end) = (
+                pages.start.max(region.pages.start),
+                pages.end.min(region.pages.end),
+            );
+            let changed = map.at(start) as u64..map.at(end) as u64;
+            let is_covered = |events: &[Record]| {
+                (changed.start..changed.end)
+                    .step_by(PAGE)
+                    .all(|page| events.iter().any(|event| event.range.contains(&page)))
+            };
+            let events = loop {
+                let events = self.seen(region.cookie, old);
+                if is_covered(&events) {
+                    break events;
+                }
                 thread::yield_now();
+            };
+            for event in events {
+                assert!(
+                    changed.start <= event.range.start && event.range.end <= changed.end,
+                    "changed was {changed:#x?}: {event:?}"
+                );
+                assert!(
+                    before < event.generation && event.generation <= after,
+                    "the generation was {before}, then {after}: {event:?}"
+                );
             }
         }
     }
 
-    fn has_seen(&self, cookie: u64, changed: &Range<u64>, generation: u64) -> bool {
+    /// The events of `cookie` that have been read, without the first `old` ones.
+    fn seen(&self, cookie: u64, old: usize) -> Vec<Record> {
         let seen = self.seen.lock().unwrap();
         seen.get(&cookie)
-            .is_some_and(|seen| seen.covers(changed, generation))
+            .map_or(Vec::new(), |events| events[old..].to_vec())
     }
 
-    /// Changes the memory of all the owners, who do not know when.
+    /// Changes the memory of all owners.
     fn disturb(&self, mut random: SmallRng) {
         while !self.done.load(Ordering::Acquire) {
-            let map = self.maps[random.random_range(0..OWNERS)];
+            let map = self.memory[random.random_range(0..OWNERS)].disturbed;
             map.map_over(some_pages(&mut random));
             thread::yield_now();
         }
@@ -147,21 +166,21 @@ impl Setup {
             let done = self.done.load(Ordering::Acquire);
             let mut events = vec![Event::default(); random.random_range(1..20)];
             let count = match self.fixture.queue.read(&mut events) {
-                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => 0,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                    if done {
+                        return;
+                    }
+                    self.fixture.queue.poll(Some(MOMENT)).expect("poll");
+                    continue;
+                }
                 count => count.expect("read"),
             };
+            let events = &events[..count];
+            let ordered = events.is_sorted_by(|a, b| a.generation < b.generation);
+            assert!(ordered, "generations of one read(): {events:?}");
             let mut seen = self.seen.lock().unwrap();
-            for event in &events[..count] {
-                let seen = seen.entry(event.cookie).or_default();
-                seen.count += 1;
-                seen.events.push((event.start..event.end, event.generation));
-            }
-            drop(seen);
-            if count == 0 {
-                if done {
-                    return;
-                }
-                self.fixture.queue.poll(Some(MOMENT)).expect("poll");
+            for &event in events {
+                seen.entry(event.cookie).or_default().push(event.into());
             }
         }
     }
@@ -172,8 +191,8 @@ fn deregister(mut region: Owned) -> (u64, u32) {
     (region.cookie, region.mr.destroy().expect("deregister"))
 }
 
-/// G1, G2, G4, G5: each change of a watched page is reported, once in each event
-/// that was read, and deregistration returns how many those were.
+/// G1, G2, G4, G5: each change of a watched page is reported, and deregistration returns
+/// the number of events that were read.
 #[test]
 fn reports_add_up() {
     let seed = match env::var("UVERBS_TEST_SEED") {
@@ -188,14 +207,17 @@ fn reports_add_up() {
         fixture: Fixture::new(),
         next_cookie: AtomicU64::new(1),
         seen: Mutex::default(),
-        maps: std::array::from_fn(|_| Map::new(PAGES)),
+        memory: std::array::from_fn(|_| Memory {
+            own: Map::new(PAGES),
+            disturbed: Map::new(PAGES),
+        }),
         done: AtomicBool::new(false),
     };
     let counts: Vec<_> = within("the threads", || {
         thread::scope(|scope| {
-            let owners = setup.maps.map(|map| {
+            let owners = setup.memory.map(|memory| {
                 let (setup, random) = (&setup, random());
-                scope.spawn(move || setup.own(map, random))
+                scope.spawn(move || setup.own(memory, random))
             });
             for _ in 0..READERS {
                 let (setup, random) = (&setup, random());
@@ -214,15 +236,21 @@ fn reports_add_up() {
 
     let seen = setup.seen.into_inner().unwrap();
     for (cookie, count) in &counts {
-        let seen = seen.get(cookie).map_or(0, |seen| seen.count);
+        let seen = seen.get(cookie).map_or(0, Vec::len);
         assert_eq!(
-            seen, *count,
+            seen, *count as usize,
             "events read of region {cookie}, and its count"
         );
     }
-    let read: u32 = seen.values().map(|seen| seen.count).sum();
+    let read: usize = seen.values().map(Vec::len).sum();
     let counted: u32 = counts.iter().map(|(_, count)| count).sum();
-    assert_eq!(read, counted, "events read, and the sum of the counts");
+    assert_eq!(
+        read, counted as usize,
+        "events read, and the sum of the counts"
+    );
+    let events = seen.values().flatten();
+    let generations: HashSet<_> = events.map(|event| event.generation).collect();
+    assert_eq!(generations.len(), read, "generations of all events");
     assert!(read > 0, "nothing was read");
     eprintln!("{} regions, {read} events", counts.len());
 }

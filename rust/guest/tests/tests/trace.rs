@@ -28,8 +28,7 @@ impl Drop for Traced {
     }
 }
 
-/// What is said of cookie `cookie`, in order, without who and when, and without
-/// the pointer that tells queues apart.
+/// The events of cookie `cookie`, in order, without task, time and queue.
 fn traced(cookie: u64) -> Vec<String> {
     let trace = fs::read_to_string(format!("{TRACING}/trace")).expect("read the trace");
     let of_cookie = format!(" cookie={cookie:#x} ");
@@ -48,8 +47,8 @@ fn traced(cookie: u64) -> Vec<String> {
         .collect()
 }
 
-/// A region's whole life can be followed, with the kernel's own events and
-/// ranges, and what is not reported now is told apart.
+/// The whole life of a region. An invalidation that is merged into a pending event has no
+/// generation.
 #[test]
 fn whole_life() {
     const COOKIE: u64 = 0x7abc;
@@ -67,28 +66,29 @@ fn whole_life() {
     assert_eq!(
         traced(COOKIE),
         [
-            format!("attach {own} start={:#x} end={:#x}", at(1), at(3)),
+            format!("start {own} start={:#x} end={:#x}", at(1), at(3)),
             format!(
-                "hit {own} event=CLEAR start={:#x} end={:#x} generation=1",
+                "invalidate {own} event=CLEAR start={:#x} end={:#x} generation=1",
                 at(0),
                 at(2)
             ),
             format!(
-                "hit {own} event=UNMAP start={:#x} end={:#x} generation=2",
+                "invalidate {own} event=UNMAP start={:#x} end={:#x} generation=0",
                 at(2),
                 at(4)
             ),
             format!(
-                "deliver {own} start={:#x} end={:#x} generation=2 reasons=0x3",
+                "deliver {own} start={:#x} end={:#x} generation=1 reasons=0x3",
                 at(1),
                 at(3)
             ),
-            format!("detach {own} events_reported=1"),
+            format!("stop {own} events_reported=1"),
         ]
     );
 }
 
-/// G2: the end of the address space is told before any of it is unmapped.
+/// G2: exit advances the generation before any memory is unmapped. That is then merged
+/// into the pending event.
 #[test]
 fn exit() {
     const COOKIE: u64 = 0x7abe;
@@ -109,15 +109,17 @@ fn exit() {
         .into_iter()
         .filter_map(|line| {
             let (_, event) = line.split_once(" event=")?;
-            Some(event.split(' ').next()?.to_owned())
+            let (event, _) = event.split_once(' ')?;
+            let (_, generation) = line.split_once(" generation=")?;
+            Some(format!("{event} {generation}"))
         })
         .collect();
-    assert_eq!(events, ["RELEASE", "UNMAP"]);
+    assert_eq!(events, ["RELEASE 1", "UNMAP 0"]);
     drop(context);
     expect_no_regions();
 }
 
-/// A hit during the registration is seen, and marked as not reported yet.
+/// An invalidation during the registration has no generation yet.
 #[test]
 fn born_stale() {
     const COOKIE: u64 = 0x7abd;
@@ -126,13 +128,13 @@ fn born_stale() {
     let map = Map::untouched(1);
     assert_eq!(map.load(0), 0, "the zero page");
     let _mr = fixture.watch(map, 0..1, COOKIE);
-    let hits: Vec<_> = traced(COOKIE)
+    let seen: Vec<_> = traced(COOKIE)
         .into_iter()
-        .filter(|line| line.starts_with("hit "))
+        .filter(|line| line.starts_with("invalidate "))
         .collect();
-    assert_eq!(hits.len(), 1, "{hits:?}");
+    assert_eq!(seen.len(), 1, "{seen:?}");
     assert!(
-        hits[0].contains(" event=CLEAR ") && hits[0].ends_with(" generation=0"),
-        "{hits:?}"
+        seen[0].contains(" event=CLEAR ") && seen[0].ends_with(" generation=0"),
+        "{seen:?}"
     );
 }

@@ -18,6 +18,8 @@ use uverbs_mmu_notify_tests::*;
 const RECORD: i32 = size_of::<Event>() as i32;
 /// Names the request under test.
 const TAG: u64 = 7;
+/// A read is tried at once, or left to a worker.
+const WAYS: [Flags; 2] = [Flags::empty(), Flags::ASYNC];
 
 /// A queue that blocks, a region of two pages, a ring, and a buffer.
 struct Setup {
@@ -50,10 +52,14 @@ impl Setup {
         Fd(self.fixture.queue.as_fd().as_raw_fd())
     }
 
-    /// To read, with room for two events.
+    /// A read with room for two events.
+    fn to_read(&self) -> Read {
+        Read::new(self.fd(), self.buffer.at(0), 2 * RECORD as u32)
+    }
+
+    /// The same, ready to be submitted.
     fn read(&self) -> Entry {
-        let read = Read::new(self.fd(), self.buffer.at(0), 2 * RECORD as u32);
-        read.build().user_data(TAG)
+        self.to_read().build().user_data(TAG)
     }
 
     fn submit(&mut self, entry: &Entry) {
@@ -83,13 +89,13 @@ impl Setup {
         assert_eq!((entry.user_data(), entry.result()), (TAG, result));
     }
 
-    /// The request has read the hit of `page`, which was the `hit`th.
+    /// The request has read the event of `page`, of this generation.
     #[track_caller]
-    fn expect_event(&mut self, page: usize, hit: u64) {
+    fn expect_event(&mut self, page: usize, generation: u64) {
         self.expect_completion(RECORD);
         // SAFETY: The kernel has written an event there.
         let event = unsafe { self.buffer.at(0).cast::<Event>().read_unaligned() };
-        let expected = Record::new(self.map, page..page + 1, 7, hit, UNMAPPED);
+        let expected = Record::new(self.map, page..page + 1, 7, generation, UNMAPPED);
         assert_eq!(Record::from(event), expected);
     }
 
@@ -98,7 +104,7 @@ impl Setup {
         assert_eq!(self.mr.destroy().unwrap(), count, "events reported");
     }
 
-    /// A hit that no request has taken.
+    /// No request takes the next event.
     #[track_caller]
     fn expect_not_taken(&mut self) {
         self.map.unmap(1..2);
@@ -116,7 +122,7 @@ fn has_thread(name: &str) -> bool {
     })
 }
 
-/// Interface: what is there is read.
+/// Interface: a pending event is read.
 #[test]
 fn read_of_what_is_there() {
     let mut setup = Setup::new();
@@ -126,7 +132,7 @@ fn read_of_what_is_there() {
     setup.expect_count(1);
 }
 
-/// Interface: also by a worker of the kernel, which is no stranger.
+/// Interface: a worker, which runs in the owner's mm, may read.
 #[test]
 fn read_by_a_worker() {
     let mut setup = Setup::new();
@@ -137,7 +143,7 @@ fn read_by_a_worker() {
     setup.expect_count(1);
 }
 
-/// Interface: also by the kernel's thread that polls the ring.
+/// Interface: so may the thread that polls the ring.
 #[test]
 fn read_by_the_polling_thread() {
     let ring = IoUring::builder().setup_sqpoll(1000).build(8);
@@ -149,14 +155,12 @@ fn read_by_the_polling_thread() {
     setup.expect_count(1);
 }
 
-/// Interface: a read waits for a hit, in each way there is: io_uring waits in its
-/// own way, O_NONBLOCK or not.
+/// Interface: a read of a blocking queue waits for an event, by the ring's poll or by a
+/// worker.
 #[test]
 fn read_waits() {
-    let ways = [Flags::empty(), Flags::ASYNC].map(|flags| [(flags, false), (flags, true)]);
-    for (flags, nonblocking) in ways.into_iter().flatten() {
+    for flags in WAYS {
         let mut setup = Setup::new();
-        setup.fixture.queue.set_nonblocking(nonblocking).unwrap();
         for page in 0..2 {
             setup.submit(&setup.read().flags(flags));
             setup.expect_waits();
@@ -165,6 +169,24 @@ fn read_waits() {
             setup.expect_event(page, page as u64 + 1);
         }
         setup.expect_count(2);
+    }
+}
+
+/// Interface: with O_NONBLOCK, or RWF_NOWAIT, a read of an empty queue fails with EAGAIN.
+#[test]
+fn read_does_not_wait() {
+    for (flags, nonblocking) in WAYS.into_iter().flat_map(|way| [(way, false), (way, true)]) {
+        let mut setup = Setup::new();
+        setup.fixture.queue.set_nonblocking(nonblocking).unwrap();
+        let nowait = if nonblocking { 0 } else { libc::RWF_NOWAIT };
+        let read = setup.to_read().rw_flags(nowait).build();
+        let read = read.user_data(TAG).flags(flags);
+        setup.submit(&read);
+        setup.expect_completion(-libc::EAGAIN);
+        setup.map.map_over(0..1);
+        setup.submit(&read);
+        setup.expect_event(0, 1);
+        setup.expect_count(1);
     }
 }
 
@@ -206,7 +228,7 @@ fn ring_is_closed() {
     setup.expect_not_taken();
 }
 
-/// G4: a buffer that faults is no reason to consume anything.
+/// G4: a read whose buffer faults consumes nothing.
 #[test]
 fn buffer_faults() {
     let mut setup = Setup::new();
@@ -220,7 +242,7 @@ fn buffer_faults() {
     setup.expect_count(1);
 }
 
-/// G4: a forked child gets nothing by way of an inherited ring.
+/// G4: a forked child reads nothing through an inherited ring.
 #[test]
 fn child_uses_the_ring() {
     for flags in [Flags::empty(), Flags::ASYNC] {
@@ -238,12 +260,13 @@ fn child_uses_the_ring() {
     }
 }
 
+/// Reads one event, and EAGAIN.
 fn read_one(queue: &NotifyQueue) {
-    let read = queue.read(&mut [Event::default(); 2]);
-    assert_eq!(read.expect("read"), 1, "events read");
+    queue.set_nonblocking(true).unwrap();
+    assert_eq!(read_all(queue).len(), 1, "events read");
 }
 
-/// Interface: a poll completes by a hit, or at once.
+/// Interface: a poll completes by an event, at once if one is pending.
 #[test]
 fn poll() {
     let mut setup = Setup::new();
@@ -266,8 +289,8 @@ fn poll() {
     std::mem::forget(setup);
 }
 
-/// Interface: a multishot poll completes by each event that follows a drain to a
-/// short count, and by the end.
+/// Interface: a multishot poll completes by the first event after each drain until EAGAIN,
+/// and by the end.
 #[test]
 fn poll_multishot() {
     let mut setup = Setup::new();

@@ -255,6 +255,38 @@ fn nonblock_is_switched() {
     reader.join().expect("read");
 }
 
+/// Interface: readv() is one read. It does not wait for more than the first event, and an
+/// event may go to several pieces.
+#[test]
+fn readv_is_one_read() {
+    let (_fixture, queue, map, mut mr) = blocking(0..3);
+    let lengths = [[RECORD, RECORD], [8, 2 * RECORD - 8], [RECORD - 1, 1]];
+    for (page, lengths) in lengths.iter().enumerate() {
+        map.map_over(page..page + 1);
+        let bytes = within("readv()", || read_pieces(&*queue, lengths, 0));
+        let generation = page as u64 + 1;
+        assert_eq!(
+            event(&bytes.expect("readv")),
+            Record::new(map, page..page + 1, 7, generation, UNMAPPED)
+        );
+    }
+    let small = read_pieces(&*queue, &[RECORD / 2, RECORD / 2 - 1], 0);
+    expect_errno(small, Errno::INVAL, "readv() with too little room");
+    assert_eq!(mr.destroy().unwrap(), 3, "events reported");
+}
+
+/// Interface: RWF_NOWAIT does for one read what O_NONBLOCK does for all.
+#[test]
+fn nowait() {
+    let (_fixture, queue, map, _mr) = blocking(0..1);
+    let read = || read_pieces(&*queue, &[RECORD], libc::RWF_NOWAIT);
+    let empty = within("preadv2()", read);
+    expect_errno(empty, Errno::AGAIN, "RWF_NOWAIT of an empty queue");
+    map.map_over(0..1);
+    let bytes = read().expect("RWF_NOWAIT with an event pending");
+    assert_eq!(event(&bytes), Record::new(map, 0..1, 7, 1, UNMAPPED));
+}
+
 /// Interface: poll() says whether there is something to read.
 #[test]
 fn poll_tells() {
@@ -262,9 +294,9 @@ fn poll_tells() {
     let map = Map::new(2);
     let mrs = fixture.watch_each(map, 0..2);
     let poll = || fixture.queue.poll(NOW).unwrap();
-    assert_eq!(poll(), PollFlags::empty(), "before the hits");
+    assert_eq!(poll(), PollFlags::empty(), "before the changes");
     map.unmap(0..2);
-    assert_eq!(poll(), PollFlags::IN, "after the hits");
+    assert_eq!(poll(), PollFlags::IN, "after the changes");
     fixture.queue.read(&mut [Event::default()]).unwrap();
     assert_eq!(poll(), PollFlags::IN, "with one event read of two");
     drop(mrs);
@@ -295,9 +327,9 @@ fn epoll_level() {
     let map = Map::new(2);
     let _mrs = fixture.watch_each(map, 0..2);
     let epoll = epoll(&fixture.queue, EventFlags::empty());
-    assert_eq!(ready(&epoll), None, "before the hits");
+    assert_eq!(ready(&epoll), None, "before the changes");
     map.unmap(0..2);
-    for what in ["after the hits", "asked again"] {
+    for what in ["after the changes", "asked again"] {
         assert_eq!(ready(&epoll), Some(EventFlags::IN), "{what}");
     }
     fixture.queue.read(&mut [Event::default()]).unwrap();
@@ -308,21 +340,23 @@ fn epoll_level() {
     assert_eq!(ready(&epoll), Some(EventFlags::ERR), "after the end");
 }
 
-/// Interface: edge-triggered epoll tells once, and again for the next event
-/// after a drain to a short count.
+/// Interface: edge-triggered epoll returns once for a queue that becomes non-empty, and
+/// again after a drain until EAGAIN. A merge is no edge.
 #[test]
 fn epoll_edge() {
     let fixture = Fixture::new();
     let map = Map::new(4);
     let _mr = fixture.watch(map, 0..4, 7);
     let epoll = epoll(&fixture.queue, EventFlags::ET);
-    assert_eq!(ready(&epoll), None, "before the hits");
-    for page in 0..4 {
+    assert_eq!(ready(&epoll), None, "before the changes");
+    for page in [0, 2] {
         map.unmap(page..page + 1);
-        assert_eq!(ready(&epoll), Some(EventFlags::IN), "after hit {page}");
-        assert_eq!(ready(&epoll), None, "asked again after hit {page}");
-        assert_eq!(fixture.queue.read(&mut [Event::default(); 2]).unwrap(), 1);
-        assert_eq!(ready(&epoll), None, "after draining hit {page}");
+        assert_eq!(ready(&epoll), Some(EventFlags::IN), "after {page}");
+        assert_eq!(ready(&epoll), None, "asked again after {page}");
+        map.unmap(page + 1..page + 2);
+        assert_eq!(ready(&epoll), None, "after a merge into {page}");
+        assert_eq!(read_all(&fixture.queue).len(), 1, "events");
+        assert_eq!(ready(&epoll), None, "after draining {page}");
     }
 }
 
@@ -342,7 +376,7 @@ fn epoll_is_woken() {
         events.pop().map(|event: epoll::Event| event.flags)
     });
     map.unmap(0..1);
-    assert_eq!(waiter.join(), Some(EventFlags::IN), "after the hit");
+    assert_eq!(waiter.join(), Some(EventFlags::IN), "after the change");
 }
 
 /// Interface: a signal is no reason for a registration to fail, not even the first one
