@@ -25,12 +25,12 @@ pub fn expect_no_regions() {
     );
 }
 
-/// A device of a test's own, which can be removed.
+/// A separate device, which a test can remove.
 pub struct Device(&'static str);
 
 impl Device {
-    /// Makes one with a driver, `rxe` or `siw`, and a network device of the same
-    /// name for it.
+    /// Makes one with a driver, `rxe` or `siw`, and its own network device of the same
+    /// name.
     pub fn new(name: &'static str, driver: &str) -> Self {
         run(&format!("ip link add {name} type dummy"));
         run(&format!("ip link set {name} up"));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What happens inside of the kernel: where its tasks are, and the devices of the
-//! tests' own module, ci/module/mmu_notify_test.c.
+//! The inside of the kernel: stacks, traces, and the devices of the tests' module,
+//! ci/module/mmu_notify_test.c.
 
 use crate::{
     device::run,
@@ -47,11 +47,11 @@ fn count(file: impl AsFd) -> u32 {
     u32::from_ne_bytes(bytes)
 }
 
-/// Holds invalidations in flight: who changes the mapping of this process sleeps
-/// when the interval notifiers have been called, and the page table is as it was.
+/// Holds invalidations in flight: a task that changes the mapping of this process sleeps
+/// after the interval notifiers have been called, and before the page table changes.
 ///
-/// `mmap_lock` may be held meanwhile: nothing may be mapped, nor any memory be
-/// allocated, before [`Self::release`].
+/// It may hold `mmap_lock` meanwhile: map nothing and allocate no memory before
+/// [`Self::release`].
 pub struct Hold(File);
 
 impl Hold {
@@ -61,7 +61,7 @@ impl Hold {
         Self(open("/dev/mmu_notify_hold"))
     }
 
-    /// What concerns `pages` will be held.
+    /// From now on, holds invalidations of `pages`.
     pub fn arm(&self, map: Map, pages: Range<usize>) {
         self.set(map.at(pages.start) as u64, map.at(pages.end) as u64);
     }
@@ -71,7 +71,7 @@ impl Hold {
         read(&self.0, &mut [0; 1]).expect("wait for an invalidation");
     }
 
-    /// Lets what is held go on; nothing more is held.
+    /// Releases held invalidations, and holds no more.
     pub fn release(&self) {
         self.set(0, 0);
     }
@@ -85,8 +85,8 @@ impl Hold {
     }
 }
 
-/// Lets a driver fail to deregister regions. What the kernel gives up for that
-/// is freed when the device is removed, if this lives then.
+/// Makes a driver fail to deregister regions. Those that the kernel leaks are freed with
+/// the device, if this lives until then.
 pub struct FailingDereg {
     file: File,
     device: String,
@@ -120,8 +120,8 @@ impl FailingDereg {
     }
 }
 
-/// Warnings of the kernel that are expected, as the core warns of a driver that
-/// fails. They are counted rather than printed.
+/// Expected warnings of the kernel, which warns of a driver that fails. They are counted
+/// instead of printed.
 pub struct Warnings(File);
 
 impl Warnings {
@@ -138,7 +138,7 @@ impl Warnings {
         this
     }
 
-    /// From now on of this thread, and of what it executes. To be called once.
+    /// From now on, of this thread, also after exec. To be called once.
     pub fn begin(&self) -> io::Result<()> {
         write(&self.0, &[0])?;
         Ok(())
@@ -157,7 +157,7 @@ impl FailAllocation {
     /// Fails none yet.
     #[expect(clippy::new_without_default)]
     pub fn new() -> Self {
-        // Also those that may sleep, and without a word.
+        // Also those that may sleep, and without a message.
         for (file, value) in [("ignore-gfp-wait", "N"), ("verbose", "0")] {
             fs::write(format!("/sys/kernel/debug/failslab/{file}"), value)
                 .expect("set up failslab");
@@ -170,8 +170,8 @@ impl FailAllocation {
         Self(file.expect("open fail-nth"))
     }
 
-    /// Lets the allocation number `nth`, from 1, of what `run` asks of the kernel fail.
-    /// Returns what it returns, and whether there was one.
+    /// Fails allocation number `nth`, from 1, of the kernel in `run`. Returns the result
+    /// of `run`, and whether there were that many allocations.
     pub fn at<T>(&self, nth: u32, run: impl FnOnce() -> T) -> (T, bool) {
         let mut left = [0; 16];
         self.0
@@ -286,14 +286,14 @@ fn number_of(text: &str, label: &str) -> usize {
         .unwrap_or_else(|| panic!("no {label:?} in {text:?}"))
 }
 
-/// How many queues have not been freed, by what the kernel has allocated for counter
-/// pages. kmemleak does not list a queue that is left behind, like a watch.
+/// The number of queues that exist, by the allocations for their counter pages. kmemleak
+/// does not list a leaked queue.
 pub fn counter_pages() -> usize {
     let areas = fs::read_to_string("/proc/vmallocinfo").expect("list what vmalloc allocated");
     areas.matches(" rust_helper_vrealloc_node_align+").count()
 }
 
-/// Where in the kernel a task is.
+/// The stack of a task in the kernel.
 pub struct Stack(File);
 
 impl Stack {
@@ -317,7 +317,7 @@ impl Stack {
     }
 }
 
-/// A thread that is made now, and begins later on.
+/// A thread that is made now and begins later.
 pub struct Ready<T> {
     thread: JoinHandle<T>,
     stack: Stack,
@@ -361,7 +361,7 @@ impl<T: Send + 'static> Ready<T> {
         }
     }
 
-    /// Where it is.
+    /// Its stack.
     pub fn stack(&self) -> &Stack {
         &self.stack
     }

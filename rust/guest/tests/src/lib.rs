@@ -1,19 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What the tests share. Each test is meant to have a process of its own, as
-//! cargo-nextest gives it. Those that count or fail what others share run alone, see
+//! Shared code of the tests. Each test needs a process of its own, as cargo-nextest
+//! runs it. Tests that count, fail or remove shared objects run alone, see
 //! ci/nextest.toml.
 //!
-//! The files of `tests/` are by theme. A test says which line of the interface
-//! it holds, or which guarantee:
-//!
-//! - G1: no change of a mapping is missed.
-//! - G2: the generation has changed before the change returns.
-//! - G3: nothing is missed while a region is registered.
-//! - G4: no event is lost, whatever the reader does.
-//! - G5: the count that deregistration returns is exact, and final.
-//! - G6: nobody waits for a reader.
-//! - G7: what leaves the pages in place is not reported.
-//! - G8: any order of the ends of files, regions and processes is safe.
+//! Each file of `tests/` has a theme. The comment of a test begins with the guarantees
+//! that it checks, `G1:` to `G8:`, which Documentation/design.md lists, or with
+//! `Interface:` for any other statement of the manual.
 
 mod device;
 mod holder;
@@ -80,7 +72,7 @@ impl Default for Fixture {
 }
 
 impl Fixture {
-    /// Opens another context on [`device`], also when there is one already.
+    /// Opens another context on [`device`].
     pub fn new() -> Self {
         Self::on(&device())
     }
@@ -113,7 +105,7 @@ impl Fixture {
         reg(&self.pd, &self.args(map, pages, cookie))
     }
 
-    /// Watches each of `pages` by itself, with its number as the cookie.
+    /// Watches each of `pages` separately, with its number as the cookie.
     #[track_caller]
     pub fn watch_each(&self, map: Map, pages: Range<usize>) -> Vec<Mr> {
         pages
@@ -121,13 +113,13 @@ impl Fixture {
             .collect()
     }
 
-    /// The queue must hold exactly these, and is empty then.
+    /// The queue must hold exactly these events. Drains it.
     #[track_caller]
     pub fn expect(&self, expected: &[Record]) {
         expect_records(&self.queue, expected);
     }
 
-    /// Nothing must have been reported since the generation was `generation`.
+    /// The queue must be empty, and the generation still be `generation`.
     #[track_caller]
     pub fn expect_quiet(&self, generation: u64, what: &str) {
         let records = read_all(&self.queue);
@@ -158,7 +150,7 @@ pub fn reg_plain(pd: &Arc<Pd>, args: &MrArgs) -> PlainMr {
     unsafe { PlainMr::reg(pd, args) }.unwrap_or_else(|e| panic!("ibv_reg_mr of {args:x?}: {e}"))
 }
 
-/// Reads the queue, non-blocking, until it is empty; in the order of cookies.
+/// Drains the queue, which must be non-blocking. Sorted by cookie.
 #[track_caller]
 pub fn read_all(queue: &NotifyQueue) -> Vec<Record> {
     let mut records: Vec<Record> = queue
@@ -175,7 +167,7 @@ pub fn expect_records(queue: &NotifyQueue, expected: &[Record]) {
     assert_eq!(read_all(queue), expected, "the events in the queue");
 }
 
-/// An event that can be compared, and printed in a readable way.
+/// An event, comparable and printed readably.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Record {
     /// As in the event.

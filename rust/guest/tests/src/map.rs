@@ -18,24 +18,21 @@ use std::{
 /// The size of a page.
 pub const PAGE: usize = 4096;
 
-/// Memory of whole pages, private and anonymous if not made otherwise. It is accessed by [`Map::load`] and
-/// [`Map::store`] only, so any change of the mapping is sound.
+/// Memory of whole pages. It is accessed by [`Map::load`] and [`Map::store`] only, so any
+/// change of the mapping is sound.
 ///
-/// It is never unmapped by itself: a test decides when the mapping changes, and
-/// what is unmapped twice may be somebody else's. The end of the process takes
-/// the rest.
+/// Dropping it unmaps nothing: the test decides when the mapping changes.
 ///
-/// It is far below where the kernel places what has no address of its own. So nothing
-/// else comes to be where a test has unmapped watched memory, such as the stack of a
-/// thread, or of a process that is being spawned, whose end would be reported.
+/// It is far below the addresses that the kernel chooses. So nothing else is mapped where a test
+/// has unmapped watched memory, such as the stack of a thread or of a process that is being
+/// spawned, whose end would be reported.
 #[derive(Clone, Copy, Debug)]
 pub struct Map {
     addr: usize,
 }
 
 impl Map {
-    /// Maps `pages` pages, and writes to each: they are the process's own, and a
-    /// registration changes nothing.
+    /// Maps `pages` private pages, and writes to each, so that a registration replaces none.
     pub fn new(pages: usize) -> Self {
         let map = Self::untouched(pages);
         for page in 0..pages {
@@ -44,7 +41,7 @@ impl Map {
         map
     }
 
-    /// Maps `pages` pages that nothing has accessed.
+    /// Maps `pages` private pages that nothing has accessed.
     pub fn untouched(pages: usize) -> Self {
         Self::anonymous(pages, MapFlags::PRIVATE)
     }
@@ -65,7 +62,7 @@ impl Map {
         Self::existing(addr.expect("mmap of a file"))
     }
 
-    /// What is mapped at `addr`, by other calls.
+    /// An existing mapping at `addr`.
     pub fn existing(addr: *mut c_void) -> Self {
         Self {
             addr: addr.expose_provenance(),

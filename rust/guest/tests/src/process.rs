@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Other processes, and threads that wait.
+//! Other processes, and blocked threads.
 
 use crate::map::Map;
 use libc::c_int;
@@ -20,8 +20,8 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-/// Runs `run`, which must come to an end: it is no matter when, but a test that
-/// hangs is to say what hangs.
+/// Runs `run`, and ends the process if that does not return, so that a test that hangs
+/// names what hangs.
 #[track_caller]
 pub fn within<T>(what: &str, run: impl FnOnce() -> T) -> T {
     let caller = std::panic::Location::caller();
@@ -142,7 +142,7 @@ impl Child {
             let ret = unsafe { libc::ptrace(request, pid, size, data) };
             assert!(ret >= 0, "ptrace: {}", std::io::Error::last_os_error());
         };
-        // That is what tells system calls from signals.
+        // Distinguishes system calls from signals.
         let options = ptr::without_provenance_mut(libc::PTRACE_O_TRACESYSGOOD as usize);
         trace(libc::PTRACE_SETOPTIONS, 0, options);
         loop {

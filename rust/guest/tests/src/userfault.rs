@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Page faults that wait for us.
+//! userfaultfd: page faults that a test resolves.
 
 use crate::map::{Map, PAGE};
 use linux_raw_sys::{general::*, ioctl::*};
@@ -14,7 +14,7 @@ use std::{ops::Range, os::fd::OwnedFd};
 pub struct Userfault(OwnedFd);
 
 impl Userfault {
-    /// Lets whoever accesses a missing one of `pages` wait for [`Self::fill`].
+    /// Lets accesses to missing ones of `pages` wait for [`Self::fill`].
     pub fn missing(map: Map, pages: Range<usize>) -> Self {
         Self::register(map, pages, UFFDIO_REGISTER_MODE_MISSING, 0)
     }
@@ -24,7 +24,7 @@ impl Userfault {
         Self::register(map, pages, UFFDIO_REGISTER_MODE_WP, 0)
     }
 
-    /// Allows the same to a scan of /proc/self/pagemap. A write ends it by itself.
+    /// Allows a scan of /proc/self/pagemap to write-protect `pages`. A write ends it.
     pub fn written(map: Map, pages: Range<usize>) -> Self {
         let features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED;
         Self::register(map, pages, UFFDIO_REGISTER_MODE_WP, features)
@@ -48,7 +48,7 @@ impl Userfault {
         this
     }
 
-    /// Waits until somebody waits for a page, and returns its address.
+    /// Waits for a page fault, and returns its address.
     pub fn wait_for_fault(&self) -> u64 {
         let mut message = [0_u8; size_of::<uffd_msg>()];
         let len = read(&self.0, &mut message).expect("read the userfaultfd");
@@ -64,7 +64,7 @@ impl Userfault {
         unsafe { message.arg.pagefault.address }
     }
 
-    /// Fills `pages` with zeros and lets those who wait go on.
+    /// Fills `pages` with zeros, which resolves faults.
     pub fn fill(&self, map: Map, pages: Range<usize>) {
         self.call::<UFFDIO_ZEROPAGE, _>(&mut uffdio_zeropage {
             range: range(map, pages),

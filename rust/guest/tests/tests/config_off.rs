@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A kernel without the series' option answers as one that never had the series.
-//! Built with the feature `off` only, and run on both of those kernels.
+//! A kernel without the series' option behaves as one without the series. Built with the
+//! feature `off` only, and run on both kernels.
 
 use rustix::io::{Errno, write};
 use uverbs_mmu_notify::{Context, MrArgs, Request, sys::uapi::*, wc_status_str};
 use uverbs_mmu_notify_tests::*;
 
-/// The core-support bit is clear, of all devices.
+/// Interface: no device sets the core-support bit.
 #[test]
 fn core_support() {
     for name in Context::devices().unwrap() {
@@ -21,7 +21,7 @@ fn core_support() {
     }
 }
 
-/// The object is not there.
+/// Interface: the object does not exist.
 #[test]
 fn object() {
     let pd = open();
@@ -33,7 +33,7 @@ fn object() {
     }
 }
 
-/// A registration with the attributes is refused, none is made.
+/// Interface: REG_MR with the attributes, marked mandatory, fails and registers nothing.
 #[test]
 fn mandatory_attributes() {
     let pd = open();
@@ -51,8 +51,8 @@ fn mandatory_attributes() {
     expect_no_regions();
 }
 
-/// Without the mark they are ignored: whatever is in them, the region is a plain
-/// one.
+/// Interface: REG_MR ignores the attributes, whatever their value, if they are not marked
+/// mandatory, and registers a plain region.
 #[test]
 fn optional_attributes() {
     let pd = open();
@@ -99,7 +99,7 @@ fn optional_attributes() {
     expect_no_regions();
 }
 
-/// The extended commands that follow the last one are not there, in either form.
+/// Interface: neither form has the extended commands of the series.
 #[test]
 fn commands() {
     let pd = open();
@@ -120,7 +120,7 @@ fn commands() {
     }
 }
 
-/// Plain regions work.
+/// Interface: plain regions work.
 #[test]
 fn plain_region() {
     let pd = open();

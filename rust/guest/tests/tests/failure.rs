@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Responses that cannot be copied out, drivers that fail to deregister, and memory
-//! that is short.
+//! Responses that cannot be copied out, drivers that fail to deregister, and allocations
+//! that fail.
 
 use perf_event::{Builder, events::Breakpoint};
 use rustix::{event::PollFlags, io::Errno, ioctl::opcode, mm::MprotectFlags};
@@ -17,7 +17,7 @@ use std::{
 use uverbs_mmu_notify::{Context, Event, Mr, MrArgs, QpPair, Request, sys::uapi::*, sys::verbs::*};
 use uverbs_mmu_notify_tests::*;
 
-/// Times enough that a driver fails for as long as it is asked.
+/// More often than the kernel retries.
 const ALWAYS: u32 = 1000;
 
 fn attr(id: u32, len: u16, data: u64) -> ib_uverbs_attr {
@@ -31,7 +31,7 @@ fn attr(id: u32, len: u16, data: u64) -> ib_uverbs_attr {
     attr
 }
 
-/// Where the kernel fails to write its answer.
+/// Where the kernel fails to write a response.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     /// To the attribute itself: a handle, or the mark that an output is valid.
@@ -185,7 +185,7 @@ fn response_is_written_before_going_live() {
     assert_eq!(writes.read().expect("count"), 1, "writes of the mark");
 }
 
-/// G3, G8: a registration whose response faults reports nothing and leaves nothing, also
+/// G3: G8: a registration whose response faults reports nothing and leaves nothing, also
 /// if the region was born stale.
 #[test]
 fn response_faults() {
@@ -220,7 +220,8 @@ fn response_faults() {
     }
 }
 
-/// G8: an FD that cannot be told to its maker is not made, and leaves nothing.
+/// G8: if the FD number cannot be copied out, which comes before the queue is made, no FD is
+/// created.
 #[test]
 fn response_of_allocation_faults() {
     let fixture = Fixture::new();
@@ -239,7 +240,7 @@ fn response_of_allocation_faults() {
     assert_eq!(files(), before, "open files");
 }
 
-/// MR_DESTROY whose answer cannot be written: there is no memory at `output`.
+/// MR_DESTROY whose response faults: there is no memory at `output`.
 #[track_caller]
 fn destroy_faults(fixture: &Fixture, mr: Mr, output: Map) {
     let id = UVERBS_ATTR_DESTROY_MR_RESP_EVENTS_REPORTED;
@@ -255,8 +256,8 @@ fn destroy_faults(fixture: &Fixture, mr: Mr, output: Map) {
     mem::forget(mr);
 }
 
-/// G5, G8: the region is gone if its count could not be written, and what waited
-/// to be read of it as well.
+/// G5: G8: a region whose count cannot be copied out is deregistered nevertheless, and its
+/// pending event is dropped.
 #[test]
 fn response_of_deregistration_faults() {
     let fixture = Fixture::new();
@@ -273,7 +274,7 @@ fn response_of_deregistration_faults() {
     fixture.expect_quiet(before, "the deregistration");
 }
 
-/// A memory window that is bound to a region: soft-RoCE does not deregister that.
+/// A memory window. soft-RoCE does not deregister a region with a bound window.
 struct Window(*mut ibv_mw);
 
 impl Window {
@@ -329,29 +330,28 @@ impl Window {
     }
 }
 
-/// To watch `pages` pages of `map`, to which a window can be bound.
+/// Watches the first `pages` pages of `map`. A window can be bound to the region.
 fn bindable(fixture: &Fixture, map: Map, pages: usize) -> Mr {
     let mut args = fixture.args(map, 0..pages, 7);
     args.access |= IBV_ACCESS_MW_BIND;
     reg(&fixture.pd, &args)
 }
 
-/// The pages of `map`, which is watched by `fixture`, are unmapped from the first
-/// on, and each is to be reported.
+/// Unmaps a page of `map`, which must be reported as the only event.
 #[track_caller]
-fn expect_hit(fixture: &Fixture, map: Map, page: usize) {
+fn expect_event(fixture: &Fixture, map: Map, page: usize) {
     let generation = fixture.page.load() + 1;
     map.unmap(page..page + 1);
     fixture.expect(&[Record::new(map, page..page + 1, 7, generation, UNMAPPED)]);
 }
 
-/// G5, G8: a region that the driver does not deregister stays watched, and when
-/// it does the count is of all that was delivered. `allow` lets it.
+/// A region that the driver fails to deregister stays watched, and the count of the final
+/// deregistration is that of all delivered events. `allow` stops the failure.
 #[track_caller]
 fn destroy_fails(fixture: &Fixture, map: Map, mut mr: Mr, errno: Errno, allow: impl FnOnce()) {
-    expect_hit(fixture, map, 0);
+    expect_event(fixture, map, 0);
     expect_errno(mr.destroy(), errno, "MR_DESTROY");
-    expect_hit(fixture, map, 1);
+    expect_event(fixture, map, 1);
     map.unmap(2..3);
     expect_errno(mr.destroy(), errno, "MR_DESTROY with an event pending");
     assert_eq!(read_all(&fixture.queue).len(), 1, "events read");
@@ -363,7 +363,7 @@ fn destroy_fails(fixture: &Fixture, map: Map, mut mr: Mr, errno: Errno, allow: i
     fixture.expect_quiet(before, "what came after the deregistration");
 }
 
-/// By a bound window.
+/// G5: G8: a bound window makes MR_DESTROY fail.
 #[test]
 fn destroy_fails_for_a_window() {
     let fixture = Fixture::new();
@@ -375,7 +375,7 @@ fn destroy_fails_for_a_window() {
     expect_no_regions();
 }
 
-/// By injection.
+/// G5: G8: an injected error makes MR_DESTROY fail.
 #[test]
 fn destroy_fails_in_the_driver() {
     let fixture = Fixture::new();
@@ -387,9 +387,9 @@ fn destroy_fails_in_the_driver() {
     expect_no_regions();
 }
 
-/// G3, G8: the response to a registration faults, and the driver does not
-/// deregister what it had registered. The core keeps the region then, and warns.
-/// It never went live, so it reports nothing, whatever is done with it.
+/// The response to a registration faults, and the driver fails to deregister the new
+/// region. The core keeps the region, and warns. The region never goes live, so it never
+/// reports anything.
 fn abort_fails(fixture: &Fixture, fail: &FailingDereg, end: impl FnOnce(u32)) {
     let watches = Watches::new();
     let (map, args) = born_stale(fixture);
@@ -405,7 +405,7 @@ fn abort_fails(fixture: &Fixture, fail: &FailingDereg, end: impl FnOnce(u32)) {
     map.unmap(1..2);
 }
 
-/// It is deregistered by its handle after all.
+/// G3: G8: it is deregistered later, by its handle.
 #[test]
 fn abort_fails_once() {
     let fixture = Fixture::new();
@@ -418,7 +418,7 @@ fn abort_fails_once() {
     fixture.expect_quiet(0, "all of it");
 }
 
-/// The context is closed.
+/// G3: G8: it is deregistered with the context.
 #[test]
 fn abort_fails_once_and_context_closed() {
     let fixture = Fixture::new();
@@ -430,7 +430,7 @@ fn abort_fails_once_and_context_closed() {
     assert_closed(&fixture, 0);
 }
 
-/// The queue of the fixture must be closed, and have been bumped once for that.
+/// The queue of the fixture must be closed, and the generation have advanced once.
 #[track_caller]
 fn assert_closed(fixture: &Fixture, before: u64) {
     const NOW: rustix::event::Timespec = rustix::event::Timespec {
@@ -444,8 +444,8 @@ fn assert_closed(fixture: &Fixture, before: u64) {
     assert_eq!(ready, PollFlags::ERR, "poll()");
 }
 
-/// G8: a context with two watched regions, of which one has an event pending, is
-/// closed, and the driver fails `times`. Nothing is reported after that.
+/// Closes a context with two watched regions, of which one has an event pending, while the
+/// driver fails `times`. Nothing is reported after that.
 #[track_caller]
 fn close_fails(device: &str, times: u32, warnings: u32) -> FailingDereg {
     let watches = Watches::new();
@@ -467,14 +467,14 @@ fn close_fails(device: &str, times: u32, warnings: u32) -> FailingDereg {
     fail
 }
 
-/// The core tries again, and succeeds.
+/// G8: the core retries, and succeeds.
 #[test]
 fn close_fails_at_first() {
     close_fails(&device(), 2, 0);
     expect_no_regions();
 }
 
-/// The core gives the regions up, and warns.
+/// G8: the core leaks the regions, and warns.
 #[test]
 fn close_fails_for_good() {
     let device = Device::new("failing0", "rxe");
@@ -482,7 +482,8 @@ fn close_fails_for_good() {
     device.remove();
 }
 
-/// By a window that is older than the region, and so destroyed after it.
+/// G8: the driver fails for a window, which is older than the region and so destroyed after
+/// it.
 #[test]
 fn close_fails_for_a_window() {
     let watches = Watches::new();
@@ -501,7 +502,7 @@ fn close_fails_for_a_window() {
     expect_no_regions();
 }
 
-/// G8: the same when the process exits.
+/// G8: the driver fails when the process exits.
 #[test]
 fn exit_fails_for_good() {
     let device = Device::new("failing1", "rxe");
@@ -524,8 +525,8 @@ fn exit_fails_for_good() {
     device.remove();
 }
 
-/// G5, G8: the device is removed, and the driver fails `times`. Nothing is
-/// reported after that, and the count of what was is to be had, and exact.
+/// Removes a device while its driver fails `times`. Nothing is reported after that, and
+/// MR_DESTROY returns the exact count.
 #[track_caller]
 fn removal_fails(
     name: &'static str,
@@ -540,7 +541,7 @@ fn removal_fails(
     let mr = watch(&fixture, map);
     let fail = FailingDereg::new(name, times);
     let warned = std::sync::Arc::new(Warnings::new());
-    expect_hit(&fixture, map, 0);
+    expect_event(&fixture, map, 0);
     map.unmap(1..2);
     let before = fixture.page.load();
 
@@ -563,19 +564,20 @@ fn removal_fails(
     mem::forget(mr);
 }
 
-/// The core tries again, and succeeds.
+/// G5: G8: the core retries, and succeeds.
 #[test]
 fn removal_fails_at_first() {
     removal_fails("failing2", |f, map| f.watch(map, 0..3, 7), 1, 0);
 }
 
-/// The core gives the region up, and warns.
+/// G5: G8: the core leaks the region, and warns.
 #[test]
 fn removal_fails_for_good() {
     removal_fails("failing3", |f, map| f.watch(map, 0..3, 7), ALWAYS, 1);
 }
 
-/// By a window that is older than the region, and so destroyed after it.
+/// G5: G8: the driver fails for a window, which is older than the region and so destroyed
+/// after it.
 #[test]
 fn removal_fails_for_a_window() {
     let watch = |fixture: &Fixture, map| {
@@ -588,8 +590,7 @@ fn removal_fails_for_a_window() {
     removal_fails("failing4", watch, 0, 0);
 }
 
-/// G3, G8: a registration for which there is no memory leaves nothing, at whatever
-/// point that shows.
+/// G3: G8: a registration leaves nothing, whichever of its allocations fails.
 #[test]
 fn registration_without_memory() {
     let fixture = Fixture::new();

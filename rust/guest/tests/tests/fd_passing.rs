@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A notification FD that another process gets, and what it can do with it.
+//! What another process can do with a notification FD.
 
 use rustix::{
     event::{PollFlags, Timespec},
@@ -62,21 +62,25 @@ fn expect_refused(queue: &NotifyQueue) {
     expect_errno(read, Errno::PERM, "read() of another process's queue");
 }
 
-/// What another process than the owner sees of a hit, and must not take away.
+/// Waits for the owner's event, and must not be able to read it.
 fn watch_the_owner(queue: &NotifyQueue) -> i32 {
     let page = queue.generation_page().expect("map the counter page");
     assert_eq!(page.load(), 0, "generation");
     assert_eq!(queue.poll(NOW).unwrap(), PollFlags::empty(), "poll()");
     expect_refused(queue);
     // The owner waits for this call to sleep.
-    assert_eq!(queue.poll(None).unwrap(), PollFlags::IN, "poll() of a hit");
-    assert_eq!(page.load(), 1, "generation after the hit");
+    assert_eq!(
+        queue.poll(None).unwrap(),
+        PollFlags::IN,
+        "poll() after a change"
+    );
+    assert_eq!(page.load(), 1, "generation after the change");
     expect_refused(queue);
     assert_eq!(queue.poll(NOW).unwrap(), PollFlags::IN, "poll() again");
     0
 }
 
-/// The owner's side of it.
+/// The owner, whose `child` runs [`watch_the_owner`].
 #[track_caller]
 fn is_watched(fixture: &Fixture, child: Child) {
     let map = Map::new(2);
@@ -90,7 +94,7 @@ fn is_watched(fixture: &Fixture, child: Child) {
     assert_eq!(mr.destroy().unwrap(), 2, "events reported");
 }
 
-/// G4, and read(), poll() and mmap() of the interface: sent over a socket.
+/// G4: an FD sent over a socket can be polled and mapped, but not read.
 #[test]
 fn scm_rights() {
     let (ours, theirs) = sockets();
@@ -102,7 +106,7 @@ fn scm_rights() {
     expect_no_regions();
 }
 
-/// The same, inherited.
+/// G4: so can an inherited one.
 #[test]
 fn inherited_by_fork() {
     let fixture = Fixture::new();
@@ -112,7 +116,8 @@ fn inherited_by_fork() {
     expect_no_regions();
 }
 
-/// G1, G8: held after the end of its owner, whose context ended with it.
+/// G1: G2: G8: exit of the owner advances the generation, for its memory and for its
+/// context.
 #[test]
 fn outlives_its_owner() {
     let (ours, theirs) = sockets();
@@ -134,8 +139,12 @@ fn outlives_its_owner() {
     assert_eq!(page.load(), 0, "generation");
     child.resume();
     child.wait_stopped();
-    assert_eq!(page.load(), 1, "generation after a hit");
-    assert_eq!(queue.poll(NOW).unwrap(), PollFlags::IN, "poll() of a hit");
+    assert_eq!(page.load(), 1, "generation after the change");
+    assert_eq!(
+        queue.poll(NOW).unwrap(),
+        PollFlags::IN,
+        "poll() after a change"
+    );
     child.resume();
     assert_eq!(child.wait(), Exit::Code(0), "the owner");
 
@@ -148,7 +157,7 @@ fn outlives_its_owner() {
     assert_eq!(page.load(), 3, "generation without the FD");
 }
 
-/// G4, G8: an FD on its way is open, and its events wait for it.
+/// G4: G8: events stay pending while the only FD is in a socket.
 #[test]
 fn scm_rights_received_late() {
     let (ours, theirs) = sockets();
@@ -172,7 +181,7 @@ fn scm_rights_received_late() {
     drop(context);
 }
 
-/// G8: an FD that is on its way when all else ends, and never arrives.
+/// G8: the only FD is in a socket when everything else ends, and is never received.
 #[test]
 fn scm_rights_never_received() {
     let (ours, theirs) = sockets();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a forked child, which shares the open files, can do.
+//! What a forked child, which shares open files, can do.
 
 use uverbs_mmu_notify::{MrArgs, NotifyQueue};
 use uverbs_mmu_notify_tests::*;
@@ -24,8 +24,8 @@ fn child_has_its_own_queue() {
     fixture.expect_quiet(before, "the child's munmap");
 }
 
-/// G5, G8: a child may deregister what it has inherited, and the count is that
-/// of the parent's reads.
+/// G5: G8: a child can deregister an inherited region, and gets the count of the events
+/// that the parent has read.
 #[test]
 fn child_deregisters() {
     let fixture = Fixture::new();

@@ -4,8 +4,17 @@
 use rustix::{
     event::{PollFlags, Timespec},
     io::{Errno, FdFlags, fcntl_getfd},
+    mm::MapFlags,
 };
-use std::{mem, os::fd::AsFd, sync::Arc};
+use std::{
+    mem,
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+};
 use uverbs_mmu_notify::{Context, Event, GenerationPage, Mr, MrArgs, NotifyQueue};
 use uverbs_mmu_notify_tests::*;
 
@@ -34,15 +43,14 @@ fn orders(ended: &[End]) -> Vec<Vec<End>> {
         .collect()
 }
 
-/// A watched region and what belongs to it, some of it ended, and what is to be
-/// seen of it.
+/// A watched region, its objects, some of which have ended, and the expected state.
 struct Setup {
     context: Arc<Context>,
     queue: Option<NotifyQueue>,
     page: Option<GenerationPage>,
     mr: Option<Mr>,
     map: Map,
-    hits: usize,
+    changes: usize,
     delivered: u32,
     generation: u64,
     context_closed: bool,
@@ -67,7 +75,7 @@ impl Setup {
             page: Some(page),
             mr: Some(mr),
             map,
-            hits: 0,
+            changes: 0,
             delivered: 0,
             context_closed: false,
             queue_closed: false,
@@ -97,13 +105,13 @@ impl Setup {
         self.queue_closed |= self.context_closed || self.queue.is_none() && self.page.is_none();
     }
 
-    /// Changes the mapping, and looks at all that there still is.
+    /// Changes the mapping, and checks all objects that still exist.
     fn check(&mut self) {
         let watched = self.mr.is_some() && !self.queue_closed;
         self.generation += u64::from(watched);
-        let pages = self.hits..self.hits + 1;
+        let pages = self.changes..self.changes + 1;
         self.map.unmap(pages.clone());
-        self.hits += 1;
+        self.changes += 1;
 
         if let Some(page) = &self.page {
             assert_eq!(page.load(), self.generation, "generation");
@@ -119,7 +127,7 @@ impl Setup {
                 "read() of a closed queue",
             );
         } else if watched {
-            assert_eq!(ready, PollFlags::IN, "poll() after a hit");
+            assert_eq!(ready, PollFlags::IN, "poll() after a change");
             let record = Record::new(self.map, pages, 7, self.generation, UNMAPPED);
             expect_records(queue, &[record]);
             self.delivered += 1;
@@ -146,7 +154,7 @@ impl Setup {
     }
 }
 
-/// All of them end, in each order; in each state hits do what they should.
+/// G8: all objects end, in each order, and each state behaves as documented.
 #[test]
 fn ends_in_every_order() {
     let orders = orders(&[]);
@@ -156,7 +164,7 @@ fn ends_in_every_order() {
     }
 }
 
-/// The process ends in each state on the way.
+/// G8: the process ends in each of these states.
 #[test]
 fn process_exits_in_every_state() {
     // Loads what the children would each load again.
@@ -175,8 +183,8 @@ fn process_exits_in_every_state() {
     expect_no_regions();
 }
 
-/// Interface: FD closed while its regions are watched; the region still tells
-/// what was delivered, and hits go nowhere.
+/// G5: the FD is closed while its regions are watched. Deregistration still returns the
+/// count.
 #[test]
 fn fd_closed_before_the_region() {
     let fixture = Fixture::new();
@@ -208,8 +216,8 @@ fn fd_is_duplicated() {
     expect_records(&other.into(), &[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
 }
 
-/// Interface: the end of the context drops what waits to be read, bumps once,
-/// and the queue says EIO and EPOLLERR from then on.
+/// Interface: the end of the context drops pending events, advances the generation once,
+/// and read() and poll() return EIO and EPOLLERR from then on.
 #[test]
 fn context_closed_with_an_event_pending() {
     let fixture = Fixture::new();
@@ -219,9 +227,9 @@ fn context_closed_with_an_event_pending() {
     let before = fixture.page.load();
     fixture.context.disconnect().unwrap();
     mem::forget(mr);
-    assert_eq!(fixture.page.load(), before + 1, "one bump");
+    assert_eq!(fixture.page.load(), before + 1, "generation after the end");
     map.unmap(1..2);
-    assert_eq!(fixture.page.load(), before + 1, "no bump after that");
+    assert_eq!(fixture.page.load(), before + 1, "generation later");
     for _ in 0..2 {
         let read = fixture.queue.read(&mut [Event::default()]);
         expect_errno(read, Errno::IO, "read()");
@@ -229,33 +237,58 @@ fn context_closed_with_an_event_pending() {
     }
 }
 
-/// Interface: a queue closes on exec.
+/// Interface: the FD is close-on-exec.
 #[test]
 fn fd_is_close_on_exec() {
     let fixture = Fixture::new();
     assert_eq!(fcntl_getfd(&fixture.queue).unwrap(), FdFlags::CLOEXEC);
 }
 
-/// G8: killed while threads read and change the mapping.
+/// G8: a process is killed while one thread changes the mapping, one reads, two wait in
+/// read(), and one registers and deregisters.
 #[test]
 fn killed() {
+    // How often each of three threads has done its work.
+    let done = Map::anonymous(1, MapFlags::SHARED).at(0);
+    let done: *const [AtomicU32; 3] = done.cast_const().cast();
+    // SAFETY: It is zeroed, never unmapped, and the processes only access it as atomics.
+    let done = unsafe { &*done };
     let child = Child::fork(|| {
         let fixture = Fixture::new();
+        let blocking = NotifyQueue::alloc(&fixture.context).expect("make a queue");
         let map = Map::new(2);
         let _mr = fixture.watch(map, 0..2, 7);
-        stop();
-        loop {
-            map.map_over(0..2);
-            let _ = read_all(&fixture.queue);
+        let repeat = |nth: usize, work: &(dyn Fn() + Sync)| {
+            loop {
+                work();
+                done[nth].fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| repeat(0, &|| map.map_over(0..2)));
+            scope.spawn(|| {
+                repeat(1, &|| while read_all(&fixture.queue).is_empty() {});
+            });
+            scope.spawn(|| {
+                let other = Map::new(1);
+                repeat(2, &|| drop(fixture.watch(other, 0..1, 8)));
+            });
+            for _ in 0..2 {
+                scope.spawn(|| blocking.read(&mut [Event::default()]));
+            }
+        });
+        0
+    });
+    within("the threads", || {
+        while done.iter().any(|done| done.load(Ordering::Relaxed) < 20) {
+            thread::yield_now();
         }
     });
-    child.wait_stopped();
-    child.resume();
     assert_eq!(child.kill(), Exit::Signal(libc::SIGKILL), "the child");
     expect_no_regions();
 }
 
-/// G8: many queues and regions in one context, which ends first.
+/// G8: a context with many queues and regions ends before them.
 #[test]
 fn many_queues() {
     let fixture = Fixture::new();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Registration, and the ends of things, while the mapping is being changed. The
-//! order of events is forced, by the tests' kernel module and by userfaultfd.
+//! Registration and teardown while the mapping is being changed. The tests' kernel module
+//! and userfaultfd force the order of events.
 
 use rustix::io::Errno;
 use std::{io, mem, sync::Arc};
@@ -9,14 +9,14 @@ use uverbs_mmu_notify_tests::*;
 
 const IOCTL: &[libc::c_long] = &[libc::SYS_ioctl];
 
-/// Where the kernel waits for invalidations in flight before it pins, and before
-/// a watch ends.
+/// Where the kernel waits for running invalidations before it pins, and before it stops a
+/// watch.
 const BEFORE_PIN: &str = "mmu_interval_read_begin";
 const BEFORE_END: &str = "mmu_interval_notifier_remove";
 
-/// Registers a page while `change` of its mapping is in flight: who was there to
-/// be called has been, and the page is still mapped. Returns the result, and
-/// whether the registration waited for the change.
+/// Registers a page while `change` of its mapping is in flight: all registered notifiers
+/// have been called, and the page is still mapped. Returns the result, and whether the
+/// registration waited for the change.
 fn in_flight(fixture: &Fixture, map: Map, change: fn(Map)) -> (io::Result<Mr>, bool) {
     let (pd, args) = (fixture.pd.clone(), fixture.args(map, 0..1, 7));
     let hold = Hold::new();
@@ -34,7 +34,7 @@ fn in_flight(fixture: &Fixture, map: Map, change: fn(Map)) -> (io::Result<Mr>, b
     (registrar.join(), waited)
 }
 
-/// G3: what the registration pins is mapped, or an event says that it is not.
+/// The registration pins the page that is mapped, or an event reports it.
 #[track_caller]
 fn mapped_or_reported(change: fn(Map)) {
     let fixture = Fixture::new();
@@ -53,20 +53,19 @@ fn mapped_or_reported(change: fn(Map)) {
     assert!(waited, "expected the registration to wait for the change");
 }
 
-/// G3: the pages are given up.
+/// G3: MADV_DONTNEED is in flight.
 #[test]
 fn madv_dontneed_in_flight() {
     mapped_or_reported(|map| map.dont_need(0..1));
 }
 
-/// G3: another mapping comes in their place.
+/// G3: mmap over the pages is in flight.
 #[test]
 fn mmap_over_in_flight() {
     mapped_or_reported(|map| map.map_over(0..1));
 }
 
-/// G3: the mapping goes, so that there is nothing to register any more. That is
-/// not reported.
+/// G3: munmap is in flight. The registration fails, and reports nothing.
 #[test]
 fn munmap_in_flight() {
     let watches = Watches::new();
@@ -79,8 +78,8 @@ fn munmap_in_flight() {
     watches.expect_stopped(1);
 }
 
-/// Registers four pages of `map` as in `args`. The pin has the first two when it
-/// has to wait for the third; then `change` is made.
+/// Registers four pages of `map`. `change` is made when the first two are pinned, and the
+/// kernel waits for the third.
 #[track_caller]
 fn stopped(pd: &Arc<Pd>, args: MrArgs, map: Map, change: impl FnOnce()) -> io::Result<Mr> {
     let from = Map::new(1);
@@ -98,17 +97,17 @@ fn stopped(pd: &Arc<Pd>, args: MrArgs, map: Map, change: impl FnOnce()) -> io::R
     registrar.join()
 }
 
-/// The same; nothing may be reported before the pin goes on.
+/// The same. The change must not be reported before the kernel has the third page.
 #[track_caller]
 fn during_pin(fixture: &Fixture, map: Map, change: impl FnOnce()) -> io::Result<Mr> {
     let before = fixture.page.load();
     stopped(&fixture.pd, fixture.args(map, 0..4, 7), map, || {
         change();
-        fixture.expect_quiet(before, "what was hit during the pin");
+        fixture.expect_quiet(before, "changes during the pin");
     })
 }
 
-/// Waiting alone makes nothing stale, which the tests below rely on.
+/// The wait alone makes no region stale. The tests below rely on it.
 #[test]
 fn pin_waits() {
     let fixture = Fixture::new();
@@ -116,8 +115,8 @@ fn pin_waits() {
     fixture.expect_quiet(0, "the registration");
 }
 
-/// G3: pages that are pinned already are given up, and unmapped: when the
-/// registration returns there is one event for both.
+/// G3: pages that are already pinned are purged and unmapped. When REG_MR returns there is
+/// one event for both.
 #[test]
 fn invalidation_during_pin() {
     let fixture = Fixture::new();
@@ -132,10 +131,9 @@ fn invalidation_during_pin() {
     assert_eq!(mr.destroy().unwrap(), 1, "events reported");
 }
 
-/// G3: the same, but the registration fails after that, at the page that is
-/// missing then. Nothing is reported.
+/// G3: the same, but REG_MR then fails at an unmapped page. Nothing is reported.
 #[test]
-fn invalidation_during_pin_that_fails() {
+fn invalidation_during_failing_pin() {
     let watches = Watches::new();
     let fixture = Fixture::new();
     let map = Map::new(4);
@@ -151,7 +149,7 @@ fn invalidation_during_pin_that_fails() {
     fixture.expect_quiet(0, "munmap of what was not registered");
 }
 
-/// G8: the queue is closed, with a hit that it would have to report.
+/// G8: the queue is closed while REG_MR runs and an invalidation is remembered.
 #[test]
 fn queue_closed_during_the_pin() {
     let watches = Watches::new();
@@ -174,10 +172,9 @@ fn queue_closed_during_the_pin() {
     watches.expect_stopped(1);
 }
 
-/// A queue whose context is just being destroyed is closed by its file as well.
-/// The lock that release wants is taken (uverbs_uobject_release()), and the end of
-/// the context comes to the queue later. `destroy` begins the destruction, returns
-/// a stack to see where it is, and in the end whether it went well.
+/// Closes the FD while its context is being destroyed, but the queue is not yet. Release
+/// then finds the lock taken (uverbs_uobject_release()). `destroy` begins the destruction,
+/// `stack` is its stack, `end` waits for it.
 #[track_caller]
 fn released_while_destroyed<T>(
     fixture: Fixture,
@@ -213,7 +210,7 @@ fn released_while_destroyed<T>(
     assert_eq!(counter_pages(), pages - 1, "queues that are not freed");
 }
 
-/// G8, G6: the context is closed.
+/// G6: G8: the context is closed.
 #[test]
 fn released_while_the_context_is_closed() {
     let fixture = Fixture::new();
@@ -229,7 +226,7 @@ fn released_while_the_context_is_closed() {
     expect_no_regions();
 }
 
-/// G8, G6: the device is removed.
+/// G6: G8: the device is removed.
 #[test]
 fn released_while_the_device_is_removed() {
     let device = Device::new("contended0", "rxe");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! G6: nobody waits for a reader, whatever it does or does not.
+//! G6: nobody waits for a reader.
 
 use libc::{c_int, c_void};
 use rustix::{
@@ -17,12 +17,12 @@ use uverbs_mmu_notify::{Event, Mr, NotifyQueue, sys::uapi::RDMA_DRIVER_RXE};
 use uverbs_mmu_notify_tests::*;
 
 const RECORD: usize = size_of::<Event>();
-/// As many events as the kernel copies out at once.
+/// The most events that the kernel copies out at once.
 const BATCH: usize = 16;
-/// Regions of one page: one more than are hit at first.
+/// Regions of one page: one more than have an event pending at first.
 const REGIONS: usize = BATCH + 5;
 
-/// A queue that is told of each page of a map by itself.
+/// A queue, and a watched region of each page of a map.
 struct Setup {
     fixture: Fixture,
     map: Map,
@@ -30,7 +30,7 @@ struct Setup {
 }
 
 impl Setup {
-    /// All but the last page are hit.
+    /// All but the last region have an event pending.
     fn new(fixture: Fixture) -> Self {
         let map = Map::new(REGIONS);
         let mrs = fixture.watch_each(map, 0..REGIONS);
@@ -41,10 +41,10 @@ impl Setup {
         Self { fixture, map, mrs }
     }
 
-    /// What a reader must not hold up: a change of the mapping, a registration,
-    /// and deregistrations, of a region whose event has been copied out
-    /// (`delivered`) and of one whose event has not.
-    fn goes_on(&mut self, delivered: Option<usize>) {
+    /// What a reader must not delay: a change of the mapping, a registration, and
+    /// deregistrations, of a region whose event has been delivered (`delivered`) and of one
+    /// whose event is pending.
+    fn expect_progress(&mut self, delivered: Option<usize>) {
         let last = REGIONS - 1;
         let before = self.fixture.page.load();
         within("a change", || self.map.map_over(last..REGIONS));
@@ -72,12 +72,12 @@ impl Setup {
     }
 }
 
-/// Nobody ever reads.
+/// G6: nobody ever reads.
 #[test]
 fn never_reads() {
     let device = Device::new("reader0", "rxe");
     let mut setup = Setup::new(Fixture::on(device.name()));
-    setup.goes_on(None);
+    setup.expect_progress(None);
     setup.remove(&device);
     for mr in mem::take(&mut setup.mrs) {
         setup.deregister(mr, 0);
@@ -92,7 +92,7 @@ struct Stuck {
 }
 
 impl Stuck {
-    /// The missing page begins behind `ready` records.
+    /// The missing page begins after `ready` events.
     fn new(queue: &NotifyQueue, ready: usize) -> Self {
         let buffer = Map::untouched(2);
         buffer.store(0, 0);
@@ -120,12 +120,13 @@ impl Stuck {
     }
 }
 
-/// G4, G5 too: what is left is read when the page is there, and counted once.
+/// A reader waits for its buffer. The other events are read when the page is there, and
+/// counted once.
 #[track_caller]
 fn stuck(ready: usize) {
     let mut setup = Setup::new(Fixture::new());
     let stuck = Stuck::new(&setup.fixture.queue, ready);
-    setup.goes_on((ready != 0).then_some(3));
+    setup.expect_progress((ready != 0).then_some(3));
     // The one that was deregistered before its event was copied out is missing.
     let read = stuck.resolve().expect("read()");
     assert_eq!(read, (REGIONS - 1) * RECORD, "bytes read");
@@ -134,20 +135,20 @@ fn stuck(ready: usize) {
     }
 }
 
-/// The reader waits for its first record's page.
+/// G4: G5: G6: it waits for the page of its first event.
 #[test]
 fn waits_for_its_buffer() {
     stuck(0);
 }
 
-/// The reader has got a batch, and waits for the page of the next one.
+/// G4: G5: G6: it has a batch, and waits for the page of the next one.
 #[test]
 fn waits_for_more_of_its_buffer() {
     stuck(BATCH);
 }
 
-/// G4, interface: a buffer whose second page fails for good makes read() short although
-/// the queue is not empty, and then fails it. `ready` events fit on the first page.
+/// A buffer whose second page fails for good makes read() return a short count although the
+/// queue is not empty, and then fail. `ready` events fit on the first page.
 #[track_caller]
 fn second_page_fails(buffer: Map, ready: usize) {
     let setup = Setup::new(Fixture::new());
@@ -166,7 +167,7 @@ fn second_page_fails(buffer: Map, ready: usize) {
     }
 }
 
-/// It is beyond the end of a file.
+/// G4: the page is beyond the end of a file.
 #[test]
 fn second_page_is_beyond_the_file() {
     for ready in [3, BATCH + 1] {
@@ -175,7 +176,7 @@ fn second_page_is_beyond_the_file() {
     }
 }
 
-/// It is poisoned.
+/// G4: the page is poisoned.
 #[test]
 fn second_page_is_poisoned() {
     for ready in [3, BATCH + 1] {
@@ -186,7 +187,7 @@ fn second_page_is_poisoned() {
     }
 }
 
-/// G4, G5: other threads take the buffer away all the time. read() ends nevertheless, and
+/// G4: G5: other threads purge the buffer all the time. read() returns nevertheless, and
 /// the count is exact.
 #[test]
 fn buffer_is_taken_away() {
@@ -225,7 +226,7 @@ fn buffer_is_taken_away() {
     assert_eq!(read, REGIONS * ROUNDS as usize, "events read");
 }
 
-/// The device goes away meanwhile.
+/// G6: the device is removed while a reader waits for its buffer.
 #[test]
 fn waits_for_its_buffer_when_the_device_goes() {
     let device = Device::new("reader3", "rxe");
@@ -235,7 +236,7 @@ fn waits_for_its_buffer_when_the_device_goes() {
     expect_errno(stuck.resolve(), Errno::IO, "read()");
 }
 
-/// The same, with a batch that has been delivered.
+/// G6: the same, after a batch has been delivered.
 #[test]
 fn waits_for_more_of_its_buffer_when_the_device_goes() {
     let device = Device::new("reader4", "rxe");
@@ -261,7 +262,7 @@ extern "C" fn read_queue(_: *mut c_void) -> c_int {
     }
 }
 
-/// Another process of this address space is stopped while its read() waits.
+/// G6: a process that shares the address space is stopped in read().
 #[test]
 fn stopped_in_read() {
     let device = Device::new("reader5", "rxe");
@@ -289,8 +290,7 @@ fn stopped_in_read() {
     assert_eq!(child.wait(), Exit::Code(libc::EIO), "the reader");
 }
 
-/// The owner is stopped; others change its memory, deregister, and remove the
-/// device.
+/// G6: the owner is stopped. Others change its memory, deregister, and remove the device.
 #[test]
 fn stopped_owner() {
     let device = Device::new("reader6", "rxe");

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What is reported is stale, or may be, and what is not is not: by RDMA through
-//! the old registration.
+//! Checks by RDMA through the old MR that a reported registration is stale and an
+//! unreported one is not. Each test is a row of the table in the manual.
 //!
-//! Not here are the ends of an address space (exit, exec, process_mrelease): nothing is
-//! mapped then that RDMA could fail to reach.
+//! The ends of an address space (exit, exec, process_mrelease) are not here: no mapping is
+//! left for a comparison.
 
 use io_uring::{IoUring, opcode::Madvise};
 use libc::{c_int, c_ulong, c_void};
@@ -37,7 +37,7 @@ use uverbs_mmu_notify_tests::*;
 /// Pages in a huge page.
 const HUGE: usize = 512;
 
-/// Memory, the first page of which is registered.
+/// Memory. Its first page is registered.
 struct Memory {
     map: Map,
     pages: usize,
@@ -103,18 +103,18 @@ fn tail() -> Memory {
     }
 }
 
-/// A file's, shared.
+/// A shared mapping of a file.
 fn shared() -> Memory {
     of_file(2, MemfdFlags::empty(), MapFlags::SHARED)
 }
 
-/// A file's, private: what is registered is a copy of the file's page.
+/// A private mapping of a file: the registered page is a copy.
 fn copied() -> Memory {
     of_file(2, MemfdFlags::empty(), MapFlags::PRIVATE)
 }
 
-/// A file's, shared, on a file system that writes back. It can only be registered for
-/// reading.
+/// A shared mapping of a file on a file system with write-back. It can only be registered
+/// for reading.
 fn on_disk() -> Memory {
     let disk = "/dev/ram1";
     let mount = env::temp_dir().join("disk").display().to_string();
@@ -178,7 +178,7 @@ fn thp() -> Memory {
     memory
 }
 
-/// A segment of System V, which goes with its last mapping.
+/// A System V segment, removed with its last mapping.
 fn segment() -> c_int {
     // SAFETY: It makes a segment, and maps nothing.
     let id = unsafe { libc::shmget(libc::IPC_PRIVATE, PAGE, 0o600) };
@@ -214,7 +214,7 @@ fn get_break() -> usize {
     unsafe { libc::sbrk(0) }.expose_provenance()
 }
 
-/// The end of the heap, in front of which malloc() has its memory.
+/// A page at the end of the heap.
 fn heap() -> Memory {
     let start = get_break().next_multiple_of(PAGE);
     let map = Map::existing(ptr::with_exposed_provenance_mut(start));
@@ -233,8 +233,7 @@ fn shrink_and_regrow(memory: &Memory) {
     set_break(end);
 }
 
-/// Whether an RDMA write of `peer` to `mr` reaches the first page of `map`, which
-/// is the region's.
+/// Whether an RDMA write to `mr` reaches the first page of `map`.
 #[track_caller]
 fn reaches(peer: &Peer, map: Map, mr: &Mr) -> bool {
     let before = map.load(0);
@@ -257,8 +256,8 @@ fn setup(memory: &Memory) -> (Fixture, Peer, Mr) {
     (fixture, peer, mr)
 }
 
-/// G1, G2: RDMA through a registration that `change` makes stale succeeds, but
-/// does not reach what is mapped, and that was reported for `reasons`.
+/// G1: G2: after `change`, RDMA through the old registration succeeds, but does not reach
+/// the mapped page. One event with `reasons` reports it.
 #[track_caller]
 fn becomes_stale(memory: Memory, reasons: u32, change: impl FnOnce(&Memory)) {
     let map = memory.map;
@@ -277,7 +276,7 @@ fn becomes_stale(memory: Memory, reasons: u32, change: impl FnOnce(&Memory)) {
     assert!(reaches(&peer, map, &renewed), "a new registration");
 }
 
-/// G7: `change` is not reported, and RDMA still reaches what is mapped.
+/// G7: `change` is not reported, and RDMA still reaches the mapped page.
 #[track_caller]
 fn is_quiet(memory: Memory, change: impl FnOnce(&Memory)) {
     let (fixture, peer, mr) = setup(&memory);
@@ -290,8 +289,8 @@ fn is_quiet(memory: Memory, change: impl FnOnce(&Memory)) {
     fixture.expect_quiet(before, "RDMA");
 }
 
-/// RDMA still reaches what is mapped after `change`, which may be reported: the
-/// notifier cannot tell.
+/// RDMA still reaches the mapped page after `change`, which may be reported: the notifier
+/// cannot tell.
 #[track_caller]
 fn is_not_stale(memory: Memory, change: impl FnOnce(&Memory)) {
     let (fixture, peer, mr) = setup(&memory);
@@ -314,7 +313,7 @@ fn setup_for_reading(memory: &Memory) -> (Fixture, Peer, Mr) {
     (fixture, peer, mr)
 }
 
-/// G7: write-back cleans the page, and leaves it where it is.
+/// G7: write-back cleans the page and leaves it mapped.
 #[test]
 fn fsync_writeback() {
     let memory = on_disk();
@@ -327,7 +326,7 @@ fn fsync_writeback() {
     fixture.expect_quiet(0, "write-back");
 }
 
-/// G1: memory failure takes the page away from the file, which gets a new one.
+/// G1: memory failure replaces the file's page.
 #[test]
 fn madv_hwpoison() {
     let memory = on_disk();
@@ -354,7 +353,7 @@ struct Mirror {
 const MIGRATE_TO_DEVICE: Opcode = opcode::read_write::<Mirror>(b'H', 2);
 const EXCLUSIVE: Opcode = opcode::read_write::<Mirror>(b'H', 5);
 
-/// Calls the kernel's own test of HMM, a device, for the first page.
+/// Calls the test device of HMM, of the kernel, for the first page.
 fn mirror<const CALL: Opcode>(memory: &Memory) -> Result<(), Errno> {
     let device = "/dev/hmm_dmirror0";
     if !Path::new(device).exists() {
@@ -379,8 +378,8 @@ fn mirror<const CALL: Opcode>(memory: &Memory) -> Result<(), Errno> {
     }
 }
 
-/// G7: a device gets exclusive access to the page, which stays. That RDMA does not
-/// mind, and that the CPU gets it back by its next access, may be reported.
+/// G7: exclusive access of a device is not reported. The next access of the CPU takes the
+/// page back, which may be reported.
 #[test]
 fn hmm_exclusive() {
     let memory = private();
@@ -442,9 +441,9 @@ rows! { becomes_stale:
         assert_eq!(cut, Ok(start), "mremap");
         m.map.map_over(m.all());
     });
-    /// Another mapping is moved over it.
+    /// mremap of another mapping over it.
     mremap_over(private(), UNMAPPED, |m| private().move_to(m.map, MremapFlags::MAYMOVE));
-    /// The pages are moved to elsewhere, the mapping stays.
+    /// mremap with MREMAP_DONTUNMAP: the pages move, the mapping stays.
     mremap_dontunmap(private(), UNMAPPED, |m| {
         m.move_to(private().map, MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP);
     });
@@ -452,7 +451,7 @@ rows! { becomes_stale:
     brk(heap(), UNMAPPED, shrink_and_regrow);
     /// MADV_DONTNEED.
     madv_dontneed(private(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
-    /// MADV_DONTNEED of a file's private page: the file's is there again.
+    /// MADV_DONTNEED of a private file page: the file's own page is mapped again.
     madv_dontneed_private_file(copied(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
     /// MADV_DONTNEED_LOCKED.
     madv_dontneed_locked(private(), MAYBE_STALE, |m| {
@@ -490,7 +489,7 @@ rows! { becomes_stale:
         let result = ring.completion().next().map(|done| done.result());
         assert_eq!(result, Some(0), "madvise");
     });
-    /// MADV_DONTNEED of a huge page that the kernel made.
+    /// MADV_DONTNEED of a transparent huge page.
     madv_dontneed_thp(thp(), MAYBE_STALE, |m| m.advise(libc::MADV_DONTNEED));
     /// MADV_GUARD_INSTALL, and MADV_GUARD_REMOVE.
     madv_guard_install(private(), MAYBE_STALE, |m| {
@@ -502,7 +501,7 @@ rows! { becomes_stale:
     madv_remove(shared(), MAYBE_STALE, |m| m.advise(libc::MADV_REMOVE));
     /// fallocate with FALLOC_FL_PUNCH_HOLE.
     punch_hole(shared(), MAYBE_STALE, punch);
-    /// The same by another process.
+    /// fallocate by another process.
     punch_hole_by_another_process(shared(), MAYBE_STALE, |m| {
         let child = in_child(|| {
             punch(m);
@@ -512,7 +511,7 @@ rows! { becomes_stale:
     });
     /// ftruncate to nothing, and back.
     ftruncate(shared(), MAYBE_STALE, truncate_and_extend);
-    /// The same under a private mapping, which loses its copy.
+    /// ftruncate below a private mapping, which loses its copy.
     ftruncate_private_file(copied(), MAYBE_STALE, truncate_and_extend);
     /// remap_file_pages: another page of the file is mapped there.
     remap_file_pages(shared(), UNMAPPED, |m| {
@@ -554,7 +553,7 @@ fn fork_and_store(memory: &Memory) {
     assert_eq!(child, Exit::Code(0), "the child");
 }
 
-/// Lets the balancing of NUMA nodes have its way until it has made pages fault.
+/// Waits until NUMA balancing has made pages fault.
 fn balance(memory: &Memory) {
     let debug = "/sys/kernel/debug/sched/numa_balancing";
     for (file, value) in [("scan_delay_ms", "1"), ("scan_period_min_ms", "1")] {
@@ -592,7 +591,7 @@ rows! { is_quiet:
         }
         m.map.protect(m.all(), MprotectFlags::READ | MprotectFlags::WRITE);
     });
-    /// The same by another protection key.
+    /// pkey_mprotect to another key, and back.
     pkey_mprotect(private(), |m| {
         // SAFETY: It makes a key, which is for nothing yet.
         let key = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, 0) };
@@ -614,11 +613,11 @@ rows! { is_quiet:
     });
     /// fork, with stores on both sides.
     fork(private(), fork_and_store);
-    /// The same with a file's private page.
+    /// fork with a private file page.
     fork_private_file(copied(), fork_and_store);
-    /// The same with a file's shared page.
+    /// fork with a shared file page.
     fork_shared_file(shared(), fork_and_store);
-    /// The bits that tell written pages are cleared.
+    /// The soft-dirty bits are cleared.
     soft_dirty(private(), |m| {
         fs::write("/proc/self/clear_refs", "4").expect("clear the bits");
         m.map.store(0, 0x22);
@@ -673,7 +672,7 @@ rows! { is_quiet:
         unsafe { rustix::mm::mlock(m.map.void(0), m.len()).and_then(|()| munlock(m.map.void(0), m.len())) }
             .expect("mlock and munlock");
     });
-    /// Advice that concerns the future.
+    /// madvise() with hints that change no page.
     madvise_hints(private(), |m| {
         for advice in [
             libc::MADV_COLD,
@@ -748,7 +747,7 @@ fn bind(memory: &Memory) -> io::Result<()> {
     }
 }
 
-/// Lets two pages of the same content be merged, if they can be.
+/// Lets KSM scan two pages with the same content.
 fn merge(memory: &Memory) {
     let ksm = "/sys/kernel/mm/ksm";
     let twin = private();
@@ -785,7 +784,7 @@ rows! { is_not_stale:
     punch_hole_private_file(copied(), punch);
     /// fork with huge pages: the child gets the copy.
     hugetlb_fork(huge(), fork_and_store);
-    /// fork with a huge page that the kernel made.
+    /// fork with a transparent huge page.
     thp_fork(thp(), fork_and_store);
     /// KSM does not merge a pinned page.
     ksm(private(), merge);
@@ -806,8 +805,8 @@ rows! { is_not_stale:
         expect_errno(bind(m), Errno::IO, "mbind");
         assert_ne!(move_page(m, None), to, "the page's node");
     });
-    /// munmap of the other half of a huge page that the kernel made.
+    /// munmap of the other half of a transparent huge page.
     thp_munmap_other_half(thp(), |m| m.map.unmap(HUGE / 2..HUGE));
-    /// mprotect of that half.
+    /// mprotect of the other half of a transparent huge page.
     thp_mprotect_other_half(thp(), |m| m.map.protect(HUGE / 2..HUGE, MprotectFlags::READ));
 }

@@ -96,9 +96,9 @@ impl Setup {
         counts
     }
 
-    /// G1, G2: a change is reported for each region of these that it concerns, by events
-    /// that cover it and nothing else, and of generations that were new and were reached
-    /// when the change returned. No event of these regions is pending before.
+    /// Makes a change. Events must cover it exactly for each region that it concerns, and
+    /// their generations must be newer than before the change, but not than after it. No
+    /// event of these regions is pending before the change.
     fn change_own(&self, map: Map, regions: &[Owned], random: &mut SmallRng) {
         let pages = some_pages(random);
         let concerned: Vec<_> = regions
@@ -191,7 +191,7 @@ fn deregister(mut region: Owned) -> (u64, u32) {
     (region.cookie, region.mr.destroy().expect("deregister"))
 }
 
-/// G1, G2, G4, G5: each change of a watched page is reported, and deregistration returns
+/// G1: G2: G4: G5: each change of a watched page is reported, and deregistration returns
 /// the number of events that were read.
 #[test]
 fn reports_add_up() {

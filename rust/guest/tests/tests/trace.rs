@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The tracepoints, read as a person would.
+//! The tracepoints.
 
 use std::fs;
 use uverbs_mmu_notify_tests::*;
@@ -11,7 +11,7 @@ fn set(file: &str, value: &str) {
     fs::write(format!("{TRACING}/{file}"), value).unwrap_or_else(|e| panic!("{file}: {e}"));
 }
 
-/// Events are off again after the test, also if it fails.
+/// Turns the tracepoints off after the test, also if it fails.
 struct Traced;
 
 impl Traced {
@@ -47,7 +47,7 @@ fn traced(cookie: u64) -> Vec<String> {
         .collect()
 }
 
-/// The whole life of a region. An invalidation that is merged into a pending event has no
+/// Interface: the whole life of a region. An invalidation that is merged into a pending event has no
 /// generation.
 #[test]
 fn whole_life() {
@@ -119,7 +119,7 @@ fn exit() {
     expect_no_regions();
 }
 
-/// An invalidation during the registration has no generation yet.
+/// Interface: an invalidation during the registration has no generation yet.
 #[test]
 fn born_stale() {
     const COOKIE: u64 = 0x7abd;

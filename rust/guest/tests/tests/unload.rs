@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! G8: no part of the kernel's module is used when it goes away.
+//! G8: the kernel modules can be unloaded.
 
 use rustix::io::Errno;
 use std::{env, path::Path, process::Command};
@@ -17,8 +17,7 @@ fn unload(modules: &str) -> bool {
     status.expect("run rmmod").success()
 }
 
-/// Loads the modules and makes the guest's devices again, for the tests that come
-/// after, also when this one has failed.
+/// Restores modules and devices for the next tests, also if this one fails.
 struct Restore(String);
 
 impl Drop for Restore {
@@ -34,7 +33,7 @@ impl Drop for Restore {
     }
 }
 
-/// A watched region, used in some way.
+/// A watched region with a delivered and a pending event.
 fn used() -> (Fixture, Map, Mr) {
     let fixture = Fixture::new();
     let map = Map::new(3);
@@ -45,8 +44,8 @@ fn used() -> (Fixture, Map, Mr) {
     (fixture, map, mr)
 }
 
-/// The modules can be unloaded when everything is closed, not while a queue is
-/// open, and used again when they have been loaded again.
+/// G8: the modules can be unloaded when everything is closed, but not while a queue is
+/// open, and can be loaded again.
 #[test]
 fn modules_are_unloaded() {
     let restore = Restore(env::var("MODULES").expect("MODULES, which the guest sets"));

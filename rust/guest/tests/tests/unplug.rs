@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! G8: the device goes away. soft-RoCE lets it go at once, while files are open;
-//! a driver that cannot, such as soft-iWARP, waits for the last file and mapping.
+//! G8: removal of the device. soft-RoCE removes it at once, while files are open; drivers
+//! without that ability, such as soft-iWARP, wait for the last file and mapping.
 
 use rustix::{
     event::{PollFlags, Timespec},
@@ -14,9 +14,8 @@ use std::{
 use uverbs_mmu_notify::{Event, Request, sys::uapi::*};
 use uverbs_mmu_notify_tests::*;
 
-/// G8, and read() and poll() of the interface: what waits to be read is dropped,
-/// the counter changes once and stays mapped, deregistration still returns what
-/// was delivered.
+/// G5: G8: removal drops pending events and advances the generation once. The counter page
+/// stays mapped, and deregistration returns the count.
 #[test]
 fn ends_delivery() {
     const NOW: Option<Timespec> = Some(Timespec {
@@ -42,8 +41,8 @@ fn ends_delivery() {
     assert_eq!(fixture.page.load(), 3, "generation at the end");
 }
 
-/// The stand-alone fix of the look-up: naming the file of an object that went
-/// away with its device is refused. The kernel used to crash.
+/// G8: REG_MR refuses the FD of an object that was destroyed with its device. The kernel
+/// used to crash.
 #[test]
 fn fd_is_refused() {
     let device = Device::new("gone1", "rxe");
@@ -72,8 +71,8 @@ fn expect_held(removal: &mut process::Child, by: &str) {
     }
 }
 
-/// Interface: a device whose driver cannot take itself away from its users stays,
-/// and goes on to report, until the last of context, FD and mapping is closed.
+/// G8: a device of a driver that cannot be removed while in use stays until the last of
+/// context, FD and mapping is closed, and events are reported until then.
 #[test]
 fn waits_for_the_last_file_and_mapping() {
     let device = Device::new("held0", "siw");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Plain regions go on as before.
+//! Regions that are not watched.
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use std::ptr;
@@ -25,7 +25,7 @@ fn hole_stays() {
     }
 }
 
-/// G7: regions by `ibv_reg_mr` are not reported.
+/// G7: changes under a region of `ibv_reg_mr` are not reported.
 #[test]
 fn plain_regions_are_not_watched() {
     let fixture = Fixture::new();
@@ -41,8 +41,8 @@ fn plain_regions_are_not_watched() {
     fixture.expect(&[Record::new(map, 1..2, 7, before + 1, UNMAPPED)]);
 }
 
-/// The fix of REG_MR by ioctl, on any kernel: RDMA works through a region so
-/// registered as it does through one by `ibv_reg_mr`.
+/// Interface: RDMA works through a region registered by ioctl, also on a kernel without the
+/// option.
 #[test]
 fn rdma_through_a_region_by_ioctl() {
     let pd = open();
@@ -57,7 +57,7 @@ fn rdma_through_a_region_by_ioctl() {
     }
 }
 
-/// The fix of REG_MR by ioctl, on any kernel: QUERY_MR tells length and IOVA.
+/// Interface: QUERY_MR returns length and IOVA of such a region.
 #[test]
 fn query_of_a_region_by_ioctl() {
     let pd = open();

@@ -16,7 +16,7 @@ use uverbs_mmu_notify::{Event, Mr, NotifyQueue};
 use uverbs_mmu_notify_tests::*;
 
 const RECORD: i32 = size_of::<Event>() as i32;
-/// Names the request under test.
+/// The user data of the request under test.
 const TAG: u64 = 7;
 /// A read is tried at once, or left to a worker.
 const WAYS: [Flags; 2] = [Flags::empty(), Flags::ASYNC];
@@ -217,7 +217,7 @@ fn read_is_cancelled() {
     setup.expect_not_taken();
 }
 
-/// G4, G8: the ring is closed while a read and a poll wait in it.
+/// G4: G8: the ring is closed while a read and a poll wait in it.
 #[test]
 fn ring_is_closed() {
     let mut setup = Setup::new();

@@ -68,7 +68,7 @@ fn handle_signal(flags: c_int) {
     assert_eq!(ret, 0, "sigaction");
 }
 
-/// Interface: a read() that blocks does not wait when there is something.
+/// Interface: read() does not wait if an event is pending.
 #[test]
 fn read_of_what_is_there() {
     let (_fixture, queue, map, _mr) = blocking(0..1);
@@ -169,8 +169,8 @@ fn several_readers_are_woken() {
     assert_eq!(readers.expect_left(1), [0, 1, 2], "cookies");
 }
 
-/// G4: a reader that was woken waits for its buffer when the second event comes, which so
-/// finds the queue not empty and wakes nobody. It leaves with the first event.
+/// G4: the woken reader waits for its buffer when a second event is queued. The queue is not
+/// empty then, so that this wakes nobody. The reader leaves with the first event.
 #[test]
 fn reader_hands_over() {
     let (_fixture, queue, map, _mrs) = blocking_each(2);
@@ -207,7 +207,7 @@ fn reader_hands_over_after_a_fault() {
     assert_eq!(others.expect_left(1), [0], "cookies");
 }
 
-/// Interface, G4: a signal interrupts read(), which consumes nothing.
+/// G4: a signal interrupts a waiting read(), which consumes nothing.
 #[test]
 fn read_is_interrupted() {
     let (_fixture, queue, map, mut mr) = blocking(0..1);
@@ -287,9 +287,9 @@ fn nowait() {
     assert_eq!(event(&bytes), Record::new(map, 0..1, 7, 1, UNMAPPED));
 }
 
-/// Interface: poll() says whether there is something to read.
+/// Interface: poll() returns whether an event is pending.
 #[test]
-fn poll_tells() {
+fn poll() {
     let fixture = Fixture::new();
     let map = Map::new(2);
     let mrs = fixture.watch_each(map, 0..2);
@@ -320,7 +320,7 @@ fn ready(epoll: &OwnedFd) -> Option<EventFlags> {
     events.pop().map(|event: epoll::Event| event.flags)
 }
 
-/// Interface: level-triggered epoll tells for as long as there is something.
+/// Interface: level-triggered epoll returns for as long as an event is pending.
 #[test]
 fn epoll_level() {
     let fixture = Fixture::new();
@@ -379,8 +379,8 @@ fn epoll_is_woken() {
     assert_eq!(waiter.join(), Some(EventFlags::IN), "after the change");
 }
 
-/// Interface: a signal is no reason for a registration to fail, not even the first one
-/// of a process, which would have to set up what notifiers need.
+/// Interface: a pending signal does not interrupt REG_MR, not even the first one of a
+/// process.
 #[test]
 fn registration_with_a_signal_pending() {
     let child = Child::fork(|| {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The extended commands, by write() and by INVOKE_WRITE: another form of the
-//! same operations.
+//! The extended commands, by write() and by INVOKE_WRITE.
 
 use rustix::io::{Errno, write};
 use std::{
@@ -164,7 +163,7 @@ fn dereg_mr(form: Form, fixture: &Fixture, mr_handle: u32) -> io::Result<u32> {
     Ok(response.events_reported)
 }
 
-/// The three commands: RDMA works, what happens is reported, counts are exact.
+/// G1: G5: the three commands: RDMA works, changes are reported, counts are exact.
 #[test]
 fn whole_life() {
     for form in FORMS {
@@ -193,7 +192,7 @@ fn whole_life() {
     }
 }
 
-/// What is made by one form can be used and destroyed by the other.
+/// Interface: objects made by one form can be used and destroyed by the other.
 #[test]
 fn forms_mix() {
     for form in FORMS {
@@ -214,7 +213,7 @@ fn forms_mix() {
     }
 }
 
-/// A plain region has no events.
+/// Interface: the count of a plain region is 0.
 #[test]
 fn plain_region_reports_zero() {
     for form in FORMS {
@@ -226,7 +225,7 @@ fn plain_region_reports_zero() {
     }
 }
 
-/// Errors, after which nothing is watched, and nothing is reported.
+/// Interface: errors. They leave nothing watched, and nothing is reported.
 #[test]
 fn refusals() {
     for form in FORMS {
@@ -320,8 +319,7 @@ fn refusals() {
     }
 }
 
-/// Requests and responses of another length: the kernel checks them, as they
-/// are not copied to it whole by themselves.
+/// Interface: requests and responses of another length.
 #[test]
 fn lengths() {
     for form in FORMS {
@@ -351,8 +349,8 @@ fn lengths() {
     }
 }
 
-/// G3: a response that cannot be written undoes the command; nothing is reported,
-/// even if the pin has replaced the page.
+/// G3: a response that faults undoes the command. Nothing is reported, even if the region
+/// was born stale.
 #[test]
 fn response_faults() {
     for form in FORMS {
@@ -375,8 +373,10 @@ fn response_faults() {
         let command = IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY;
         let input = bytes(&ib_uverbs_ex_create_mmu_notify::default());
         let room = size_of::<ib_uverbs_ex_create_mmu_notify_resp>();
+        let pages = counter_pages();
         let result = send(form, &fixture.context, command, &input, map.at(4), room);
         expect_errno(result, Errno::FAULT, "CREATE");
+        assert_eq!(counter_pages(), pages, "queues, after CREATE failed");
 
         // The region is gone nevertheless.
         let input = reg_input(&fixture, &fixture.queue, map, 0..1);
@@ -393,8 +393,8 @@ fn response_faults() {
     }
 }
 
-/// Another address space can use none of it. A forked child has credentials of its
-/// own, and is refused by write() whatever it writes.
+/// Interface: another address space cannot use the commands. write() by a forked child,
+/// which has credentials of its own, always fails.
 #[test]
 fn another_address_space() {
     for (form, errno) in FORMS.into_iter().zip([Errno::ACCESS, Errno::PERM]) {

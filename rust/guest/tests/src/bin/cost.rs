@@ -57,7 +57,7 @@ fn main() {
     let (watched, mut mrs) = unmap(true);
     println!("munmap of a page                       {plain:8.0}");
     println!(
-        "a hit                                  {:8.0}",
+        "an invalidation of a watch             {:8.0}",
         watched - plain
     );
 
@@ -108,5 +108,5 @@ fn main() {
     let looked_up = each(|_| {
         std::hint::black_box(fixture.page.load());
     });
-    println!("loading the counter                    {looked_up:8.1}");
+    println!("loading the generation                 {looked_up:8.1}");
 }
