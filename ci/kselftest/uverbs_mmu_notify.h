@@ -1,13 +1,32 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Calls of the uverbs interface without libibverbs, on a soft-RoCE or soft-iWARP
- * device, and what the tests of MMU notification share.
+ * uverbs calls without libibverbs, on a soft-RoCE or soft-iWARP device, and the
+ * common part of the MMU notification tests.
+ *
+ * The comment at each test names the guarantee that the test checks:
+ *
+ *  G1  nothing is missed: a change that can make a live MR stale is reported
+ *  G2  in time: when the changing call returns, the generation has advanced, or
+ *      an event that covers the change is pending
+ *  G3  no gap at birth: a change during registration precedes the final pin or is
+ *      reported; a failed registration reports nothing
+ *  G4  nothing is lost: one pending event per MR, which merges later changes; a
+ *      read() that fails consumes nothing
+ *  G5  exact count: MR_DESTROY returns the number of events delivered, and no
+ *      event is delivered afterwards
+ *  G6  nobody waits for a reader, and no reader sleeps while an event is pending
+ *  G7  quiet by event type: changes of protection and the like are not reported
+ *  G8  lifetimes: any order of close, exit, exec and fork is safe
+ *
+ * "Interface" marks a test of the call itself.
  */
 #ifndef UVERBS_MMU_NOTIFY_H
 #define UVERBS_MMU_NOTIFY_H
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/io_uring.h>
+#include <linux/userfaultfd.h>
 #include <rdma/ib_user_ioctl_cmds.h>
 #include <rdma/ib_user_ioctl_verbs.h>
 #include <rdma/ib_user_verbs.h>
@@ -36,7 +55,7 @@ static inline bool on_siw(void)
 	return driver && !strcmp(driver, "siw");
 }
 
-/* One call of a method, built attribute by attribute. */
+/* A method call, built attribute by attribute. */
 struct call {
 	union {
 		struct ib_uverbs_ioctl_hdr hdr;
@@ -53,7 +72,7 @@ static inline void call_init(struct call *call, int object, int method)
 	call->hdr.driver_id = on_siw() ? RDMA_DRIVER_SIW : RDMA_DRIVER_RXE;
 }
 
-/* @data is a handle or FD, a pointer, or an input of up to eight bytes. */
+/* @data is a handle, an FD, a pointer, or an input of up to eight bytes. */
 static inline struct ib_uverbs_attr *call_attr(struct call *call, int id,
 					       size_t len, uint64_t data)
 {
@@ -71,7 +90,7 @@ static inline void call_out(struct call *call, int id, void *out, size_t len)
 	call_attr(call, id, len, (uintptr_t)out);
 }
 
-/* What soft-iWARP wants to be given and to answer, and the tests do not need. */
+/* Driver-specific attributes that siw requires; the tests ignore them. */
 static inline void call_siw(struct call *call, size_t in_len, size_t out_len)
 {
 	static uint64_t out[2];
@@ -83,7 +102,7 @@ static inline void call_siw(struct call *call, size_t in_len, size_t out_len)
 	call_out(call, UVERBS_ATTR_UHW_OUT, out, out_len);
 }
 
-/* 0 or -errno. */
+/* Returns 0 or -errno. */
 static inline int call_make(struct call *call, int fd)
 {
 	call->hdr.length = sizeof(call->hdr) +
@@ -91,14 +110,14 @@ static inline int call_make(struct call *call, int fd)
 	return ioctl(fd, RDMA_VERBS_IOCTL, call) ? -errno : 0;
 }
 
-/* One of the older commands, of which the input begins with a pointer. */
+/* A write() command, by the ioctl() that wraps it. */
 static inline int command(int fd, uint32_t cmd, const void *in, size_t in_len,
 			  void *out, size_t out_len)
 {
 	uint64_t data = (uintptr_t)in;
 	struct call call;
 
-	if (in_len <= sizeof(data))	/* such inputs are in the attribute */
+	if (in_len <= sizeof(data))	/* short inputs travel in the attribute */
 		memcpy(&data, in, in_len);
 	call_init(&call, UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INVOKE_WRITE);
 	call_attr(&call, UVERBS_ATTR_WRITE_CMD, sizeof(uint64_t), cmd);
@@ -108,7 +127,7 @@ static inline int command(int fd, uint32_t cmd, const void *in, size_t in_len,
 	return call_make(&call, fd);
 }
 
-/* A context, or -errno. */
+/* Returns a context or -errno. */
 static inline int context_open(uint64_t *core_support)
 {
 	int fd = open(getenv("UVERBS_DEV"), O_RDWR | O_CLOEXEC);
@@ -135,8 +154,8 @@ static inline int pd_alloc(int ctx, uint32_t *pd)
 		       sizeof(*pd));
 }
 
-/* An MMU notification FD, or -errno. */
-static inline int queue_alloc(int ctx)
+/* Returns a notification FD or -errno. */
+static inline int notify_fd_alloc(int ctx)
 {
 	struct call call;
 	int ret;
@@ -157,7 +176,7 @@ struct mr {
 	uint32_t handle;
 };
 
-/* REG_MR of a plain MR, without what it takes to watch it. */
+/* REG_MR of a plain MR, without the notification attributes. */
 static inline void mr_call(struct call *call, struct mr *mr)
 {
 	call_init(call, UVERBS_OBJECT_MR, UVERBS_METHOD_REG_MR);
@@ -182,23 +201,22 @@ static inline int mr_make(struct call *call, int ctx, struct mr *mr)
 }
 
 static inline void mr_call_watched(struct call *call, struct mr *mr,
-				   int64_t queue, uint64_t cookie)
+				   int64_t fd, uint64_t cookie)
 {
 	mr_call(call, mr);
-	call_attr(call, UVERBS_ATTR_REG_MR_NOTIFY_FD, 0, queue);
+	call_attr(call, UVERBS_ATTR_REG_MR_NOTIFY_FD, 0, fd);
 	call_attr(call, UVERBS_ATTR_REG_MR_NOTIFY_COOKIE, 8, cookie);
 }
 
-static inline int mr_watch(int ctx, struct mr *mr, int64_t queue,
-			   uint64_t cookie)
+static inline int mr_watch(int ctx, struct mr *mr, int64_t fd, uint64_t cookie)
 {
 	struct call call;
 
-	mr_call_watched(&call, mr, queue, cookie);
+	mr_call_watched(&call, mr, fd, cookie);
 	return mr_make(&call, ctx, mr);
 }
 
-/* The number of events reported, or -errno. */
+/* Returns the number of events delivered, or -errno. */
 static inline int mr_destroy(int ctx, const struct mr *mr)
 {
 	uint32_t reported = ~0;
@@ -213,13 +231,13 @@ static inline int mr_destroy(int ctx, const struct mr *mr)
 	return ret ?: (int)reported;
 }
 
-/* A context with all that it takes to watch. */
+/* A context, a PD, a notification FD and its mapped page. */
 struct notify {
 	int ctx;
 	uint32_t pd;
-	int queue;
+	int fd;
 	const struct ib_uverbs_mmu_notify_page *page;
-	uint64_t seen;	/* the generation, when the queue was last read */
+	uint64_t seen;	/* the generation when the events were last read */
 };
 
 static inline uint64_t generation(const struct notify *notify)
@@ -235,11 +253,11 @@ static inline void notify_open(struct __test_metadata *_metadata,
 	notify->ctx = context_open(&core_support);
 	ASSERT_LE(0, notify->ctx);
 	ASSERT_EQ(0, pd_alloc(notify->ctx, &notify->pd));
-	notify->queue = queue_alloc(notify->ctx);
-	ASSERT_LE(0, notify->queue);
-	ASSERT_EQ(0, fcntl(notify->queue, F_SETFL, O_NONBLOCK));
+	notify->fd = notify_fd_alloc(notify->ctx);
+	ASSERT_LE(0, notify->fd);
+	ASSERT_EQ(0, fcntl(notify->fd, F_SETFL, O_NONBLOCK));
 	notify->page = mmap(NULL, getpagesize(), PROT_READ, MAP_SHARED,
-			    notify->queue, 0);
+			    notify->fd, 0);
 	ASSERT_NE(MAP_FAILED, notify->page);
 	notify->seen = generation(notify);
 }
@@ -247,7 +265,7 @@ static inline void notify_open(struct __test_metadata *_metadata,
 static inline void notify_close(struct notify *notify)
 {
 	munmap((void *)notify->page, getpagesize());
-	close(notify->queue);
+	close(notify->fd);
 	close(notify->ctx);
 }
 
@@ -262,17 +280,38 @@ static inline struct mr mr_of(const struct notify *notify, const void *addr,
 	};
 }
 
-/* How many events there are, or -errno. */
+/* One read(). Returns the number of events or -errno. */
 static inline int events_read(const struct notify *notify,
 			      struct ib_uverbs_mmu_notify_event *events,
 			      int room)
 {
-	ssize_t ret = read(notify->queue, events, room * sizeof(*events));
+	ssize_t ret = read(notify->fd, events, room * sizeof(*events));
 
 	return ret < 0 ? -errno : (int)(ret / sizeof(*events));
 }
 
-/* Nothing may have been reported since the queue was last read. */
+/*
+ * Read until EAGAIN, which alone says that no event is left. Returns the number
+ * of events or -errno. There must be room for one more than are expected.
+ */
+static inline int events_drain(const struct notify *notify,
+			       struct ib_uverbs_mmu_notify_event *events,
+			       int room)
+{
+	int total = 0, got;
+
+	while (total < room) {
+		got = events_read(notify, events + total, room - total);
+		if (got == -EAGAIN)
+			break;
+		if (got < 0)
+			return got;
+		total += got;
+	}
+	return total;
+}
+
+/* Nothing has been reported since the events were last read. */
 #define EXPECT_QUIET(of) do {					\
 	const struct notify *_quiet = (of);			\
 	struct ib_uverbs_mmu_notify_event _event;		\
@@ -281,7 +320,7 @@ static inline int events_read(const struct notify *notify,
 	EXPECT_EQ(-EAGAIN, events_read(_quiet, &_event, 1));	\
 } while (0)
 
-/* A pin moves pages out of ZONE_MOVABLE and CMA: let one do so beforehand. */
+/* A pin moves pages out of ZONE_MOVABLE and CMA. Let that happen in advance. */
 static inline int mr_settle(int ctx, struct mr mr)
 {
 	struct call call;
@@ -300,14 +339,14 @@ static inline void *pages_map(struct __test_metadata *_metadata,
 			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	ASSERT_NE(MAP_FAILED, addr);
-	/* A huge page is changed as a whole, so its neighbours would be hit. */
+	/* An invalidation of a huge page would cover its other pages, too. */
 	madvise(addr, len, MADV_NOHUGEPAGE);
 	memset(addr, 0x5a, len);
 	ASSERT_EQ(0, mr_settle(notify->ctx, mr_of(notify, addr, len)));
 	return addr;
 }
 
-/* How the child ended: its exit code, or minus a signal. */
+/* Returns the child's exit code, or the signal that killed it, negated. */
 static inline int child_wait(pid_t child)
 {
 	int status;
@@ -317,7 +356,99 @@ static inline int child_wait(pid_t child)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
-/* The tests need a device, and a kernel that has what they test. */
+/* Returns a userfaultfd of the range, or -errno. */
+static inline int uffd_open(void *addr, size_t len, uint64_t features,
+			    uint64_t mode)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
+	struct uffdio_register reg = {
+		.range = { .start = (uintptr_t)addr, .len = len },
+		.mode = mode,
+	};
+	int fd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK), ret;
+
+	if (fd < 0)
+		return -errno;
+	if (ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &reg)) {
+		ret = -errno;
+		close(fd);
+		return ret;
+	}
+	return fd;
+}
+
+/* An io_uring for one request at a time. */
+struct uring {
+	int fd;
+	struct io_uring_params params;
+	char *sq;
+	char *cq;
+	struct io_uring_sqe *sqe;
+};
+
+/* Returns 0 or -errno. */
+static inline int uring_open(struct uring *ring)
+{
+	const struct io_uring_params *p = &ring->params;
+	const int rw = PROT_READ | PROT_WRITE;
+
+	memset(ring, 0, sizeof(*ring));
+	ring->fd = syscall(__NR_io_uring_setup, 1, &ring->params);
+	if (ring->fd < 0)
+		return -errno;
+	ring->sq = mmap(NULL, p->sq_off.array + p->sq_entries * sizeof(__u32),
+			rw, MAP_SHARED, ring->fd, IORING_OFF_SQ_RING);
+	ring->cq = mmap(NULL, p->cq_off.cqes +
+			p->cq_entries * sizeof(struct io_uring_cqe),
+			rw, MAP_SHARED, ring->fd, IORING_OFF_CQ_RING);
+	ring->sqe = mmap(NULL, p->sq_entries * sizeof(*ring->sqe), rw,
+			 MAP_SHARED, ring->fd, IORING_OFF_SQES);
+	if (ring->sq == MAP_FAILED || ring->cq == MAP_FAILED ||
+	    ring->sqe == MAP_FAILED)
+		return -errno;
+	return 0;
+}
+
+/* Submit the request in ring->sqe. Returns 0 or -errno. */
+static inline int uring_submit(struct uring *ring)
+{
+	__u32 *tail = (__u32 *)(ring->sq + ring->params.sq_off.tail);
+
+	*(__u32 *)(ring->sq + ring->params.sq_off.array) = 0;
+	__atomic_store_n(tail, *tail + 1, __ATOMIC_RELEASE);
+	if (syscall(__NR_io_uring_enter, ring->fd, 1, 0, 0, NULL, 0) != 1)
+		return -errno;
+	return 0;
+}
+
+static inline bool uring_done(const struct uring *ring)
+{
+	const __u32 *head = (__u32 *)(ring->cq + ring->params.cq_off.head);
+	const __u32 *tail = (__u32 *)(ring->cq + ring->params.cq_off.tail);
+
+	return __atomic_load_n(tail, __ATOMIC_ACQUIRE) != *head;
+}
+
+/* Wait for the request and return its result. */
+static inline int uring_wait(struct uring *ring)
+{
+	const struct io_uring_cqe *cqes =
+		(struct io_uring_cqe *)(ring->cq + ring->params.cq_off.cqes);
+	__u32 *head = (__u32 *)(ring->cq + ring->params.cq_off.head);
+	__u32 mask = ring->params.cq_entries - 1;
+	int result;
+
+	while (!uring_done(ring)) {
+		if (syscall(__NR_io_uring_enter, ring->fd, 0, 1,
+			    IORING_ENTER_GETEVENTS, NULL, 0) < 0)
+			return -errno;
+	}
+	result = cqes[*head & mask].res;
+	__atomic_store_n(head, *head + 1, __ATOMIC_RELEASE);
+	return result;
+}
+
+/* The tests need a device, and a kernel with MMU notification. */
 static inline int notify_main(int argc, char **argv)
 {
 	uint64_t core_support = 0;

@@ -1,18 +1,18 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Test MMU notification of RDMA memory regions, with a soft-RoCE device (with
-# UVERBS_DRIVER=siw in the environment: soft-iWARP) and a file system of the
-# test's own, on /dev/ram0 if nobody uses that. Takes a few pages of memory out
-# of use until the next boot. With TEST_POISON_HUGE in the environment, pages of
-# huge pages are poisoned, too: these may be used again, and kill who meets them,
-# so that is for machines that end with the test. The arguments go to the
-# programs, see -h.
+# Test MMU notification of RDMA memory regions, on a soft-RoCE device (soft-iWARP
+# with UVERBS_DRIVER=siw in the environment), and with a file system on /dev/ram0
+# if that is unused. A few pages of memory are poisoned and stay out of use until
+# the next boot. With TEST_POISON_HUGE in the environment, pages of huge pages are
+# poisoned, too: they can be reallocated, and a process that touches one is killed,
+# so use that only if the machine is shut down after the test. The arguments are
+# passed to the programs, see -h.
 
 DIR=$(cd "$(dirname "$0")" && pwd)
 source "$DIR/../kselftest/ktap_helpers.sh"
 
-PROGS="uverbs_mmu_notify_api uverbs_mmu_notify_rows"
+PROGS="uverbs_mmu_notify_api uverbs_mmu_notify_changes"
 DRIVER="${UVERBS_DRIVER:-rxe}"
 NETDEV="mmun$$"
 DEV="mmu_notify_$$"
@@ -21,7 +21,7 @@ HUGEPAGES=/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages
 HUGEPAGES_NEEDED=32
 MODS=""
 OLD_HUGEPAGES=""
-# What the programs change, and put back unless they are killed.
+# The programs change these, and restore them unless they are killed.
 KNOBS="/proc/sys/kernel/numa_balancing /sys/kernel/mm/ksm/run
 	/sys/kernel/debug/sched/numa_balancing/scan_*_ms"
 OLD_KNOBS=""
@@ -53,8 +53,8 @@ cleanup()
 	done
 }
 
-# Load a module unless it is there, and remember to unload it. It may also be
-# built in, so that it is no error if there is none.
+# Load a module unless it is there, and remember to unload it. No such module is no
+# error: it may be built in.
 load()
 {
 	[ -e "/sys/module/$1" ] && return
@@ -69,15 +69,13 @@ uverbs_dev()
 		echo "/dev/infiniband/$(basename "$(dirname "$f")")"
 }
 
-# A file system that has its files in the page cache, page by page: ext2 on a RAM
-# disk that nobody uses.
+# A file system with a page cache of base pages: ext2 on a RAM disk that is unused.
 setup_fs()
 {
 	MNT=$(mktemp -d) || return
 	load brd
 	blkid -p "$RAMDISK" >/dev/null 2>&1
-	# 2: nothing was found. Anything else, no blkid for instance, may mean that
-	# somebody uses it.
+	# 2: nothing was found. Otherwise it may be in use, or there is no blkid.
 	if [ $? -eq 2 ] && [ -b "$RAMDISK" ] &&
 	   mkfs.ext2 -q "$RAMDISK" >/dev/null 2>&1; then
 		RAMDISK_USED=1
