@@ -1083,13 +1083,13 @@ TEST_F(api, preadv2_nowait)
 	EXPECT_ALL(e, 1, mrs, 1);
 }
 
-/* Interface: io_uring honours O_NONBLOCK, and waits without it. */
+/* Interface: io_uring waits, O_NONBLOCK or not, unless RWF_NOWAIT is set. */
 TEST_F(api, io_uring_read)
 {
 	struct ib_uverbs_mmu_notify_event e[2];
-	struct mr mr = WATCH(0, 1, COOKIE);
+	struct mr mr = WATCH(0, 2, COOKIE);
 	struct uring ring;
-	int ret = uring_open(&ring);
+	int ret = uring_open(&ring), i;
 
 	if (ret)
 		SKIP(return, "no io_uring: %s", strerror(-ret));
@@ -1099,17 +1099,22 @@ TEST_F(api, io_uring_read)
 	ring.sqe->off = -1;
 	ring.sqe->addr = (uintptr_t)e;
 	ring.sqe->len = sizeof(e);
-	ASSERT_EQ(0, uring_submit(&ring));
-	ASSERT_EQ(-EAGAIN, uring_wait(&ring));
+	for (i = 0; i < 2; i++) {
+		ring.sqe->rw_flags = RWF_NOWAIT;
+		ASSERT_EQ(0, uring_submit(&ring));
+		ASSERT_EQ(-EAGAIN, uring_wait(&ring));
 
-	ASSERT_EQ(0, fcntl(self->notify.fd, F_SETFL, 0));
-	ASSERT_EQ(0, uring_submit(&ring));
-	EXPECT_FALSE(uring_done(&ring));
-	UNMAP(0, 1);
-	EXPECT_EQ(EVENT_SIZE, uring_wait(&ring));
-	EXPECT_EQ(COOKIE, e[0].cookie);
-	EXPECT_EQ(UNMAPPED, e[0].reasons);
-	EXPECT_EQ(1, mr_destroy(self->notify.ctx, &mr));
+		ring.sqe->rw_flags = 0;
+		ASSERT_EQ(0, uring_submit(&ring));
+		EXPECT_FALSE(uring_done(&ring));
+		UNMAP(i, 1);
+		ASSERT_EQ(EVENT_SIZE, uring_wait(&ring));
+		EXPECT_EQ(COOKIE, e[0].cookie);
+		EXPECT_EQ((uintptr_t)PAGE(i), e[0].start);
+		EXPECT_EQ(UNMAPPED, e[0].reasons);
+		ASSERT_EQ(0, fcntl(self->notify.fd, F_SETFL, 0));
+	}
+	EXPECT_EQ(2, mr_destroy(self->notify.ctx, &mr));
 }
 
 /*
