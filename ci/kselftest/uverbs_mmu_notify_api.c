@@ -1321,6 +1321,8 @@ static int cache_update(struct cache *cache, const struct notify *notify,
 		if (got < 0)
 			return got;
 		for (i = 0; i < got; i++) {
+			if (events[i].cookie >= SHORT_MRS || !events[i].reasons)
+				return -EPROTO;
 			cache->seen[events[i].cookie]++;
 			if (newest < events[i].generation)
 				newest = events[i].generation;
@@ -1362,8 +1364,10 @@ TEST_F(short_count, drain_until_eagain)
 	int i;
 
 	EXPECT_EQ(SHORT_ROOM, events_read(&self->notify, self->buffer, SHORT_MRS));
-	for (i = 0; i < SHORT_ROOM; i++)
+	for (i = 0; i < SHORT_ROOM; i++) {
+		ASSERT_GT(SHORT_MRS, self->buffer[i].cookie);
 		cache.seen[self->buffer[i].cookie]++;
+	}
 	EXPECT_EQ(-EFAULT,
 		  cache_update(&cache, &self->notify, self->buffer + SHORT_ROOM,
 			       SHORT_MRS, false));
