@@ -82,7 +82,7 @@ FIXTURE_TEARDOWN(api)
 	EXPECT_QUIET(&self->notify);					\
 } while (0)
 
-/* Interface: the support bit does not replace the others. */
+/* Interface: The support bit is set in addition to the others. */
 TEST_F(api, core_support)
 {
 	uint64_t core_support = 0;
@@ -94,7 +94,7 @@ TEST_F(api, core_support)
 	close(ctx);
 }
 
-/* Interface: QUERY_CONTEXT returns the same bits, if the driver implements it. */
+/* Interface: QUERY_CONTEXT returns the same bits if the driver implements it. */
 TEST_F(api, query_context)
 {
 	uint64_t got = 0, queried = 0;
@@ -248,7 +248,7 @@ TEST_F(api, memory_that_cannot_be_pinned)
 	EXPECT_QUIET(&self->notify);
 }
 
-/* G3: Nor does one that fails later, even if the MR was born stale. */
+/* G3: Nor does one that fails after the pin, even if the MR was born stale. */
 TEST_F(api, response_that_faults)
 {
 	char *zero = mmap(NULL, self->page, PROT_READ | PROT_WRITE,
@@ -273,7 +273,7 @@ TEST_F(api, response_that_faults)
 	EXPECT_QUIET(&self->notify);
 }
 
-/* Interface: an unknown attribute is refused if it is mandatory. */
+/* Interface: An unknown attribute is refused if it is mandatory. */
 TEST_F(api, unknown_attribute)
 {
 	struct ib_uverbs_attr *attr;
@@ -293,7 +293,7 @@ TEST_F(api, unknown_attribute)
 	EXPECT_EVENT(&self->notify, COOKIE, PAGE(0), PAGE(1), UNMAPPED);
 }
 
-/* G3: Attributes of another length, with reserved bits, or given twice. */
+/* G3: Attributes of the wrong length, with reserved bits, or given twice. */
 TEST_F(api, malformed_attributes)
 {
 	const struct {
@@ -462,7 +462,7 @@ TEST_F(api, merge)
 	EXPECT_QUIET(&self->notify);
 }
 
-/* G4: A merged invalidation changes no generation. The next event does. */
+/* G4: A merged invalidation does not advance the generation. The next event does. */
 TEST_F(api, merge_keeps_generation)
 {
 	struct ib_uverbs_mmu_notify_event e[3];
@@ -494,7 +494,7 @@ TEST_F(api, merge_keeps_generation)
 	EXPECT_EVENT(&self->notify, 1, PAGE(2), PAGE(3), UNMAPPED);
 }
 
-/* G5: Pending events are not counted, and dropped by deregistration. */
+/* G5: Deregistration drops a pending event and does not count it. */
 TEST_F(api, count)
 {
 	struct mr unread = WATCH(0, 1, 1), quiet = WATCH(1, 1, 2);
@@ -654,7 +654,7 @@ TEST_F(api, two_contexts)
 	EXPECT_EVENT(&other, 2, PAGE(2), PAGE(3), UNMAPPED);
 }
 
-/* G1: A context can have several FDs. A mapping of the page is not needed. */
+/* G1: A context can have several FDs. The page need not be mapped. */
 TEST_F(api, two_fds_of_one_context)
 {
 	struct ib_uverbs_mmu_notify_event e[2];
@@ -789,7 +789,7 @@ FIXTURE_TEARDOWN(born_stale)
 	notify_close(&self->notify);
 }
 
-/* G3: If the pin replaces pages that is reported. The next pin has none to. */
+/* G3: Pages that the pin replaces are reported. The next registration is clean. */
 TEST_F(born_stale, registered)
 {
 	struct mr mr = MR(0, 2), again;
@@ -827,8 +827,8 @@ static void invalidate(struct __test_metadata *_metadata, struct notify *notify,
 }
 
 /*
- * Each of @mrs has exactly one event, among the @read at @events or still pending.
- * Each event has a later generation than the one before. The counts agree.
+ * Each of @mrs has exactly one event. The first @read are at @events, the others
+ * pending. The generation increases from event to event. The counts agree.
  */
 static void expect_all(struct __test_metadata *_metadata, struct notify *notify,
 		       const void *events, int read, struct mr *mrs, int count)
@@ -896,7 +896,7 @@ TEST_F(api, read_batches)
 	}
 }
 
-/* Interface: only whole events are written. */
+/* Interface: Only whole events are written. */
 TEST_F(api, read_whole_events)
 {
 	struct mr mrs[3];
@@ -910,7 +910,7 @@ TEST_F(api, read_whole_events)
 	EXPECT_ALL(self->map, 2, mrs, 3);
 }
 
-/* G4: A buffer without room for an event consumes none. */
+/* G4: A read() without room for an event consumes none. */
 TEST_F(api, read_buffer_too_small)
 {
 	const size_t sizes[] = { 0, 1, EVENT_SIZE - 1 };
@@ -927,7 +927,7 @@ TEST_F(api, read_buffer_too_small)
 	EXPECT_EQ(EINVAL, errno);
 }
 
-/* G4: A buffer that faults consumes no event. */
+/* G4: A read() that fails with EFAULT consumes no event. */
 TEST_F(api, read_buffer_faults)
 {
 	char *const buffers[] = {
@@ -954,7 +954,7 @@ TEST_F(api, read_buffer_faults)
 	EXPECT_ALL(NULL, 0, mrs, 20);
 }
 
-/* G4: The events before the fault are delivered, the others stay pending. */
+/* G4: Events before the fault are delivered. The others stay pending. */
 TEST_F(api, read_buffer_faults_half_way)
 {
 	const size_t rooms[] = {
@@ -1005,7 +1005,7 @@ TEST_F(api, readv)
 	EXPECT_ALL(e, 1, mrs, 1);
 }
 
-/* Interface: only the sum of the segments counts, and events may straddle them. */
+/* Interface: The segments of readv() are one buffer. Events may straddle them. */
 TEST_F(api, readv_straddles)
 {
 	struct ib_uverbs_mmu_notify_event e[20];
@@ -1083,7 +1083,7 @@ TEST_F(api, preadv2_nowait)
 	EXPECT_ALL(e, 1, mrs, 1);
 }
 
-/* Interface: io_uring waits, O_NONBLOCK or not, unless RWF_NOWAIT is set. */
+/* Interface: io_uring waits unless RWF_NOWAIT is set. O_NONBLOCK does not matter. */
 TEST_F(api, io_uring_read)
 {
 	struct ib_uverbs_mmu_notify_event e[2];
@@ -1118,8 +1118,8 @@ TEST_F(api, io_uring_read)
 }
 
 /*
- * Two pages of which one is always missing: when one is faulted in, a thread removes
- * the other before the fault returns.
+ * Two pages of which one is always missing: while one is faulted in, a thread removes
+ * the other.
  */
 struct unstable {
 	int uffd;
@@ -1161,8 +1161,8 @@ static void ignore_signal(int sig)
 }
 
 /*
- * G4: A read() gives up if it cannot write an event although each page of the buffer
- * can be faulted in. Signals do not end it, as it does not wait.
+ * G4: If the buffer can be faulted in again and again but never written, read() fails
+ * with EFAULT. It does not wait, so a signal does not end it.
  */
 TEST_F(api, read_buffer_unstable)
 {
@@ -1194,7 +1194,7 @@ TEST_F(api, read_buffer_unstable)
 	EXPECT_ALL(NULL, 0, mrs, 2);
 }
 
-/* Interface: a buffer that is not populated is no reason for a short count. */
+/* Interface: An unpopulated buffer does not cause a short count. */
 TEST_F(api, read_buffer_not_populated)
 {
 	const int count = 3 * self->page / EVENT_SIZE;
@@ -1211,7 +1211,7 @@ TEST_F(api, read_buffer_not_populated)
 	EXPECT_ALL(buffer, count, mrs, count);
 }
 
-/* Interface: the FD can neither be written nor positioned. */
+/* Interface: The FD can be neither written nor positioned. */
 TEST_F(api, no_write_and_no_position)
 {
 	struct mr mr[1];
@@ -1227,9 +1227,9 @@ TEST_F(api, no_write_and_no_position)
 }
 
 /*
- * A short count does not say that no event is left: the second page of the buffer
- * cannot be written, for good. A reader that takes it for that trusts entries that
- * are stale.
+ * The second page of the buffer can never be written, so read() returns a short count
+ * while events are pending. A reader that takes a short count for an empty queue then
+ * trusts stale entries.
  */
 
 #define SHORT_MRS	40
@@ -1297,7 +1297,7 @@ FIXTURE_TEARDOWN(short_count)
 	notify_close(&self->notify);
 }
 
-/* A cache: the entries that are known to be stale, up to a generation. */
+/* A cache: its stale entries, as of a generation. */
 struct cache {
 	int seen[SHORT_MRS];	/* events of each entry */
 	uint64_t applied;
@@ -1309,7 +1309,7 @@ struct cache {
  */
 static int cache_update(struct cache *cache, const struct notify *notify,
 			struct ib_uverbs_mmu_notify_event *events, int room,
-			bool trust_short_count)
+			bool stop_at_short_count)
 {
 	uint64_t newest = generation(notify);
 	int i, got;
@@ -1327,12 +1327,12 @@ static int cache_update(struct cache *cache, const struct notify *notify,
 			if (newest < events[i].generation)
 				newest = events[i].generation;
 		}
-	} while (!trust_short_count || got == room);
+	} while (!stop_at_short_count || got == room);
 	cache->applied = newest;
 	return 0;
 }
 
-/* How many entries are stale, as all are, without being marked. */
+/* How many entries are not marked, although all are stale. */
 static int cache_missed(const struct cache *cache)
 {
 	int i, missed = 0;
@@ -1342,7 +1342,7 @@ static int cache_missed(const struct cache *cache)
 	return missed;
 }
 
-/* G4: A reader that takes a short count for the end publishes too early. */
+/* G4: A reader that stops at a short count publishes too early. */
 TEST_F(short_count, is_not_the_end)
 {
 	struct pollfd fd = { .fd = self->notify.fd, .events = POLLIN };
@@ -1356,7 +1356,7 @@ TEST_F(short_count, is_not_the_end)
 	EXPECT_EQ(POLLIN, fd.revents);
 }
 
-/* G4: A reader that reads until EAGAIN learns of the fault, and finds the rest. */
+/* G4: A reader that drains until EAGAIN sees the fault, and then finds the rest. */
 TEST_F(short_count, drain_until_eagain)
 {
 	struct ib_uverbs_mmu_notify_event events[SHORT_MRS / 2];
@@ -1520,7 +1520,7 @@ TEST_F(api, end_of_context_wakes_all)
 	expect_woken(_metadata, &sleepers[3], POLLERR);
 }
 
-/* G6: An edge when there is an event after there was none, and only then. */
+/* G6: There is an edge when the first event becomes pending, and only then. */
 TEST_F(api, epoll_edge)
 {
 	struct epoll_event want = { .events = EPOLLIN | EPOLLET }, got;
@@ -1547,7 +1547,7 @@ TEST_F(api, epoll_edge)
  * The generation page
  */
 
-/* Interface: only one page, read-only and shared, can be mapped. */
+/* Interface: Only one page can be mapped, read-only and shared. */
 TEST_F(api, page_mmap)
 {
 	const int rw = PROT_READ | PROT_WRITE, rx = PROT_READ | PROT_EXEC;
@@ -1586,7 +1586,7 @@ TEST_F(api, page_mmap)
 				   self->notify.fd, 0));
 }
 
-/* Interface: the page cannot be made writable or executable. */
+/* Interface: The page cannot be made writable or executable. */
 TEST_F(api, page_cannot_be_changed)
 {
 	void *page = (void *)self->notify.page;
@@ -1713,7 +1713,7 @@ TEST_F(api, vfork_child)
 #define EX_COMMAND(name) \
 	(IB_USER_VERBS_EX_CMD_##name | IB_USER_VERBS_CMD_FLAG_EXTENDED)
 
-/* Interface: the commands do what the methods do. */
+/* Interface: The commands do the same as the methods. */
 TEST_F(api, commands)
 {
 	struct ib_uverbs_ex_create_mmu_notify create = {};

@@ -8,13 +8,13 @@
  *   # row <row> / <memory>: quiet[ (<error>)], <verdict>
  *   # row <row> / <memory>: skipped (<why>)
  *
- * The verdict is "judged" if what must happen depends on the call alone: the change
- * can make the MR stale and must be reported, or it cannot and must be quiet.
- * Otherwise an event may be a false alarm, and is "logged". In any case an event
- * must be within the MR and have advanced the generation. And pages that were not
- * reported must still be mapped, according to /proc/self/pagemap, so that a quiet
- * row is always judged. Reported pages are "kept" if they are still mapped,
- * otherwise "lost". A test without a judged row skips. The last line is:
+ * A row is "judged" if the call alone determines the outcome: either the change can
+ * make the MR stale and must be reported, or it cannot and must be quiet. Otherwise
+ * an event may be a false alarm, and is "logged". In both cases an event must be
+ * within the MR and have advanced the generation. Pages without an event must still
+ * be mapped, according to /proc/self/pagemap, so a quiet row is always judged.
+ * Reported pages are "kept" if they are still mapped, otherwise "lost". A test
+ * without a judged row skips. The last line is:
  *
  *   # rows: judged <n>, logged <n>, skipped <n>
  *
@@ -141,8 +141,8 @@ static bool pagemap_read(uint64_t addr, uint64_t *entries, size_t count)
 }
 
 /*
- * Remember the pages of the MR. The entry of a page that was reported is zero:
- * nothing more is promised for it.
+ * Remember the pages of the MR. The entry of a reported page is zero, as nothing more
+ * is promised for it.
  */
 static void pages_track(struct row *row)
 {
@@ -187,7 +187,7 @@ static void pages_forget(struct row *row, uint64_t start, uint64_t end)
 		row->pages[i] = 0;
 }
 
-/* Read what was reported since the last time, check it, and print the row. */
+/* Read what has been reported since the last row, check it, and print the row. */
 static void row_read(struct __test_metadata *_metadata, struct row *row,
 		     const char *name, enum verdict verdict, int err)
 {
@@ -540,7 +540,7 @@ FIXTURE_TEARDOWN(any_memory)
 	row_teardown(_metadata, &self->row);
 }
 
-/* G1: munmap() of exactly the MR. */
+/* G1: munmap() of the MR. G2: The generation has advanced when it returns. */
 TEST_F(any_memory, munmap)
 {
 	struct row *row = &self->row;
@@ -711,7 +711,7 @@ static bool soft_dirty(const char *addr)
 	return entry & 1ULL << 55;
 }
 
-/* G7: soft-dirty tracking. */
+/* G7: Soft-dirty tracking. */
 TEST_F(any_memory, soft_dirty)
 {
 	struct row *row = &self->row;
@@ -734,7 +734,7 @@ TEST_F(any_memory, soft_dirty)
 		QUIET();						\
 } while (0)
 
-/* G7: write protection by userfaultfd. */
+/* G7: Write protection by userfaultfd. */
 TEST_F(any_memory, uffd_wp)
 {
 	struct row *row = &self->row;
@@ -755,7 +755,7 @@ TEST_F(any_memory, uffd_wp)
 	WRITE_PROTECTED();
 }
 
-/* G7: protection of reads and writes by userfaultfd. */
+/* G7: Read and write protection by userfaultfd. */
 TEST_F(any_memory, uffd_rwp)
 {
 	struct row *row = &self->row;
@@ -777,7 +777,7 @@ TEST_F(any_memory, uffd_rwp)
 	WRITE_PROTECTED();
 }
 
-/* G7: write protection by PAGEMAP_SCAN. */
+/* G7: Write protection by PAGEMAP_SCAN. */
 TEST_F(any_memory, pagemap_scan_wp)
 {
 	struct row *row = &self->row;
@@ -1313,7 +1313,7 @@ static void owner_reported(struct __test_metadata *_metadata,
 	printf("# row %s / %s: %s, judged\n", _metadata->name, memory,
 	       now == owner->notify.seen ? "quiet" : "reported");
 	fflush(stdout);
-	/* Once, as nobody reads the event. */
+	/* Once only, as nobody can read the event. */
 	EXPECT_EQ(owner->notify.seen + reported, now);
 	EXPECT_EQ(-EPERM, events_read(&owner->notify, &e, 1));
 	__atomic_fetch_add(&totals->judged, 1, __ATOMIC_RELAXED);
@@ -1348,7 +1348,7 @@ FIXTURE_TEARDOWN(mm_teardown)
 	notify_close(&self->owner.notify);
 }
 
-/* G8: exit. G2: The generation advances before the memory is released. */
+/* G8: Exit. G2: The generation advances before the memory is released. */
 TEST_F(mm_teardown, exit)
 {
 	ASSERT_EQ(1, write(self->owner.sock, "x", 1));
@@ -1356,7 +1356,7 @@ TEST_F(mm_teardown, exit)
 	owner_reported(_metadata, &self->owner, variant->memory->name, true);
 }
 
-/* G8: exec, while the process runs another program. */
+/* G8: Exec. The process runs another program meanwhile. */
 TEST_F(mm_teardown, exec)
 {
 	char comm[4] = {};
@@ -1547,8 +1547,8 @@ static const struct memory private_file = {
 };
 
 /*
- * G3: A page of the page cache, registered for reading: the pin replaces it by a
- * copy, so the MR is born stale. A later write replaces nothing.
+ * G3: Registration for reading. The pin copies the pages of the file, so the MR is
+ * born stale. A later write replaces nothing.
  */
 TEST_F(custom_memory, private_file_page)
 {
@@ -1567,7 +1567,7 @@ TEST_F(custom_memory, private_file_page)
 
 static const struct memory rodata = { .name = "rodata" };
 
-/* G3: The same with constants of the program. The next registration is clean. */
+/* G3: The same for constants of the program. The next registration is clean. */
 TEST_F(custom_memory, rodata)
 {
 	static const char constant[] = "constant";
@@ -1625,7 +1625,7 @@ static int ksm_page_setup(struct __test_metadata *_metadata, struct row *row)
 	return 0;
 }
 
-/* G3: A merged page: the pin replaces it by a copy, so the MR is born stale. */
+/* G3: The pin copies merged pages, so the MR is born stale. */
 TEST_F_TIMEOUT(custom_memory, ksm_page, 300)
 {
 	struct row *row = &self->row;
@@ -1925,7 +1925,7 @@ TEST_F(poisoned, madv_hwpoison)
 		REPORTED(MAYBE_STALE, 2, 3);
 }
 
-/* G1: Soft offlining, which spares pinned pages. Not of a page that is poisoned. */
+/* G1: Soft offlining of a page that is not poisoned. It spares pinned pages. */
 TEST_F(poisoned, madv_soft_offline)
 {
 	struct row *row = &self->row;
