@@ -17,8 +17,8 @@ check: tree ## lint and check the series
 	@scripts/check
 check-full: tree ## what of that takes long: each patch, each configuration
 	@scripts/check ci/full
-mutants: tree ## break the kernel in known ways: do the tests notice?
-	@scripts/mutants
+mutants: tree ## mutation tests: every patch in ci/mutations must make a test fail
+	@scripts/mutation-test
 bench: ## what watching costs, in instructions
 	@scripts/bench
 stress: ## the random tests on the debug kernel, again and again
@@ -37,6 +37,6 @@ refresh: ## export the commits of build/linux to patches/linux
 setup: ## install what all of these need
 	@scripts/setup
 clean: ## remove the kernels and programs built, not the source tree
-	rm -rf build/release build/debug build/off build/each* build/mutate* build/headers build/cargo build/bare build/out
+	rm -rf build/release build/debug build/off build/each* build/patched* build/headers build/cargo build/bare build/out
 
 .PHONY: help demo test check check-full mutants bench stress host-test boot build tree refresh setup clean
