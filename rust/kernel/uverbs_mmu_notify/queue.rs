@@ -420,6 +420,7 @@ impl Queue {
                 if nonblock || *done != 0 {
                     return Err(EAGAIN);
                 }
+                // Does not sleep, unlike locking it.
                 drop(reader);
                 self.wait(inner)?;
                 (room, faults) = (BATCH, 0);
@@ -609,7 +610,8 @@ impl Watch {
     /// Merges `event` into the pending event, or returns false if there is none.
     fn merge(&self, event: Pending) -> bool {
         loop {
-            // Acquire: whoever finds an event also sees the generation advanced for it.
+            // Acquire: a task that finds the event of a live watch sees the generation advanced for
+            // it. Before the watch goes live no look-up can find the MR.
             let old = Pending::from(self.pending.load(Acquire));
             if old == Pending::NONE {
                 return false;
