@@ -107,7 +107,8 @@ for _ in $(seq 50); do
 	[ ! -c "$(uverbs_dev)" ] || break
 	sleep 0.1
 done
-export UVERBS_DEV="$(uverbs_dev)"
+UVERBS_DEV="$(uverbs_dev)"
+export UVERBS_DEV
 [ -c "$UVERBS_DEV" ] || ktap_exit_fail_msg "$DEV has no uverbs device"
 
 setup_fs
