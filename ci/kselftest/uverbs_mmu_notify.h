@@ -5,20 +5,20 @@
  *
  * The comment at each test names the guarantee that the test checks:
  *
- *  G1  nothing is missed: a change that can make a live MR stale is reported
- *  G2  in time: when the changing call returns, the generation has advanced, or
- *      an event that covers the change is pending
- *  G3  no gap at birth: a change during registration precedes the final pin or is
- *      reported; a failed registration reports nothing
- *  G4  nothing is lost: one pending event per MR, which merges later changes; a
- *      read() that fails consumes nothing
- *  G5  exact count: MR_DESTROY returns the number of events delivered, and no
- *      event is delivered afterwards
- *  G6  nobody waits for a reader, and no reader sleeps while an event is pending
- *  G7  quiet by event type: changes of protection and the like are not reported
+ *  G1  nothing missed: a change that can make a live MR stale is reported
+ *  G2  in time: when the changing call returns, the generation has advanced, or an
+ *      event that covers the change is pending
+ *  G3  no gap at birth: a change that races with the registration was complete
+ *      before the pin, or is reported; a failed registration reports nothing
+ *  G4  nothing lost: later changes merge into the pending event of the MR; a read()
+ *      that fails consumes nothing
+ *  G5  exact count: deregistration returns how many events were delivered, and none
+ *      is delivered afterwards
+ *  G6  bounded waits: no wake-up is lost
+ *  G7  quiet by event type: changes of protection and the like report nothing
  *  G8  lifetimes: any order of close, exit, exec and fork is safe
  *
- * "Interface" marks a test of the call itself.
+ * "Interface" marks a test of a call itself.
  */
 #ifndef UVERBS_MMU_NOTIFY_H
 #define UVERBS_MMU_NOTIFY_H

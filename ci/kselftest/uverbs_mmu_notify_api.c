@@ -1389,6 +1389,7 @@ TEST_F(short_count, drain_until_eagain)
 struct sleeper {
 	struct notify *notify;
 	bool polls;
+	struct ib_uverbs_mmu_notify_event *buffer;	/* or NULL */
 	pthread_t thread;
 	pid_t tid;
 	int result;
@@ -1404,7 +1405,8 @@ static void *sleeper_run(void *arg)
 	if (sleeper->polls)
 		sleeper->result = ppoll(&fd, 1, NULL, NULL) < 0 ? -errno : fd.revents;
 	else
-		sleeper->result = events_read(sleeper->notify, &e, 1);
+		sleeper->result = events_read(sleeper->notify,
+					      sleeper->buffer ?: &e, 1);
 	return NULL;
 }
 
@@ -1497,6 +1499,36 @@ TEST_F(api, readers_woken)
 	ASSERT_EQ(0, fcntl(self->notify.fd, F_SETFL, O_NONBLOCK));
 	self->notify.seen += 3;
 	EXPECT_QUIET(&self->notify);
+}
+
+/* G6: A reader that is stuck in a fault on its buffer leaves the event to others. */
+TEST_F(api, reader_stuck)
+{
+	struct sleeper stuck = { .notify = &self->notify };
+	struct sleeper other = { .notify = &self->notify };
+	struct uffdio_zeropage zero = { .range.len = self->page };
+	int uffd;
+
+	stuck.buffer = mmap(NULL, self->page, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, stuck.buffer);
+	uffd = uffd_open(stuck.buffer, self->page, 0,
+			 UFFDIO_REGISTER_MODE_MISSING);
+	if (uffd < 0)
+		SKIP(return, "no userfaultfd: %s", strerror(-uffd));
+	WATCH(0, 1, COOKIE);
+	ASSERT_EQ(0, fcntl(self->notify.fd, F_SETFL, 0));
+	/* The first to sleep is the first to be woken. */
+	sleeper_start(_metadata, &stuck);
+	sleeper_start(_metadata, &other);
+	UNMAP(0, 1);
+	expect_woken(_metadata, &other, 1);
+
+	close(self->notify.ctx);
+	self->notify.ctx = -1;
+	zero.range.start = (uintptr_t)stuck.buffer;
+	ioctl(uffd, UFFDIO_ZEROPAGE, &zero);
+	expect_woken(_metadata, &stuck, -EIO);
 }
 
 /* G6: The end of the context wakes all. */
