@@ -71,7 +71,7 @@ pub enum Kind {
 
 /// The process, seen from another one. It ends when this is dropped.
 pub struct Holder {
-    orders: Option<UnixStream>,
+    orders: UnixStream,
     child: Option<Child>,
 }
 
@@ -80,12 +80,9 @@ impl Holder {
     /// with `threads` threads.
     pub fn new(kind: Kind, regions: usize, file: &OwnedFd, threads: usize) -> Self {
         let (orders, its) = UnixStream::pair().expect("make a pair of sockets");
-        let child = Child::fork(|| {
-            Held::new(kind, regions, file, threads).obey(&its);
-            0
-        });
+        let child = Child::fork(|| Held::new(kind, regions, file, threads).obey(&its));
         let this = Self {
-            orders: Some(orders),
+            orders,
             child: Some(child),
         };
         this.wait();
@@ -95,15 +92,13 @@ impl Holder {
     /// Lets `threads` threads, and no others, do `work`. Returns how often it has been
     /// done altogether.
     pub fn order(&self, work: Work, threads: usize) -> usize {
-        let orders = self.orders.as_ref().expect("it lives");
-        write(orders, &[work as u8, threads as u8]).expect("give an order");
+        write(&self.orders, &[work as u8, threads as u8]).expect("give an order");
         self.wait()
     }
 
     fn wait(&self) -> usize {
         let mut done = [0; 8];
-        let orders = self.orders.as_ref().expect("it lives");
-        let len = read(orders, &mut done).expect("read the answer");
+        let len = read(&self.orders, &mut done).expect("read the answer");
         assert_eq!(len, done.len(), "the process with the regions has ended");
         usize::from_ne_bytes(done)
     }
@@ -111,8 +106,7 @@ impl Holder {
 
 impl Drop for Holder {
     fn drop(&mut self) {
-        drop(self.orders.take());
-        self.child.take().expect("it lives").wait();
+        self.child.take().expect("it lives").kill();
     }
 }
 
@@ -188,14 +182,13 @@ impl Held {
         }
     }
 
-    fn obey(self, orders: &UnixStream) {
+    fn obey(self, orders: &UnixStream) -> ! {
         let mut order = [0; 2];
         loop {
             let done = self.shared.done.load(Ordering::Relaxed);
             write(orders, &done.to_ne_bytes()).expect("answer");
-            if read(orders, &mut order).expect("read an order") == 0 {
-                return;
-            }
+            let len = read(orders, &mut order).expect("read an order");
+            assert_eq!(len, order.len(), "bytes of an order");
             self.set(Work::Nothing, 0);
             match Work::of(order[0]) {
                 // The next change finds everything as the first one did.

@@ -248,9 +248,10 @@ fn tracepoint(event: &str) -> String {
     format!("uverbs_mmu_notify_{event}")
 }
 
-/// How often a thread has to queue for a spinlock. On x86 and most other
-/// architectures the first waiter spins on the lock itself, and only those that come
-/// when there is a waiter already are queued and counted.
+/// How often a thread has to queue for a spinlock. The first waiter spins on the lock
+/// itself; only those that come when there is a waiter already are queued and counted.
+/// A kernel that runs under a hypervisor does not queue on x86: take
+/// `GUEST_QEMU='-cpu max,hypervisor=off'`.
 pub struct Contention(Tracing);
 
 impl Contention {

@@ -1,101 +1,98 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a process with N watched regions of a file's page, and with T threads that use
-//! their queue, costs another process that truncates the file.
+//! What a process with many regions of a file's page costs another process that truncates
+//! the file.
 //!
-//! A count of instructions would hide what is wanted: with `-icount` the CPUs take turns.
-//! So this is CPU time of the truncating thread, on CPUs that run at once, as a ratio to
-//! the time beside as many threads that do not use the queue: those take the host's CPUs
-//! away as well. The number of times that the thread had to queue for a spinlock behind
-//! two or more others is a count, and tells the same.
+//! On one CPU: the time of ftruncate(), of which each region gets two invalidations, by
+//! the number of regions. Under QEMU's `-icount shift=0,sleep=off` a nanosecond is an
+//! instruction.
+//!
+//! On more CPUs: how many of these invalidations had to queue for a spinlock behind two
+//! or more other CPUs, while threads use the queue of the regions. An invalidation that
+//! queues waits for as many critical sections. Emulation makes the times themselves
+//! worthless: a CPU that holds a lock may not run.
 
 use rustix::{
     fs::{MemfdFlags, ftruncate},
     thread::ClockId,
     time::clock_gettime,
 };
-use std::{env, thread};
+use std::{os::fd::OwnedFd, thread};
 use uverbs_mmu_notify_tests::*;
 
-const REPEATS: usize = 5;
-const THREADS: [usize; 3] = [1, 3, 8];
-
-fn cpu_time() -> f64 {
+fn cpu_time() -> u64 {
     let now = clock_gettime(ClockId::ThreadCPUTime);
-    now.tv_sec as f64 * 1e3 + now.tv_nsec as f64 / 1e6
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// The middle one of some figures.
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
+/// Truncates the file to nothing, and returns what that took. It has a page again then.
+fn truncate(file: &OwnedFd) -> u64 {
+    let start = cpu_time();
+    ftruncate(file, 0).expect("ftruncate");
+    let time = cpu_time() - start;
+    ftruncate(file, PAGE as u64).expect("ftruncate");
+    time
 }
 
 fn main() {
-    let mut counts: Vec<usize> = env::args()
-        .skip(1)
-        .map(|word| word.parse().expect("a number of regions"))
-        .collect();
-    if counts.is_empty() {
-        counts = vec![2000, 20000, 100_000];
+    match thread::available_parallelism().unwrap().get() {
+        1 => by_regions(),
+        cpus => by_threads(cpus),
     }
-    println!("{} CPUs", thread::available_parallelism().unwrap());
+}
+
+fn by_regions() {
+    println!("instructions of ftruncate() for each region of the page");
     println!(
-        "{:9}{:>8} {:7}{:>8}{:>12}{:>12}{:>8}{:>9}",
-        "regions", "N", "work", "threads", "ms", "beside", "ratio", "queued"
+        "{:9}{:>8}{:>14}{:>14}",
+        "regions", "number", "first time", "again"
     );
     for kind in [Kind::Watched, Kind::OnDemand] {
-        for &count in &counts {
-            measure(kind, count);
+        for regions in [0, 2000, 20_000, 100_000] {
+            let file = memfd(1, MemfdFlags::empty());
+            let holder = Holder::new(kind, regions, &file, 0);
+            // The first one makes events pending, into which the second one merges.
+            let [first, again] = [(); 2].map(|()| {
+                holder.order(Work::Other, 0);
+                truncate(&file)
+            });
+            let each = |time: u64| time as f64 / regions.max(1) as f64;
+            let kind = format!("{kind:?}");
+            println!(
+                "{kind:9}{regions:8}{:14.0}{:14.0}",
+                each(first),
+                each(again)
+            );
         }
     }
 }
 
-fn measure(kind: Kind, regions: usize) {
-    let file = memfd(1, MemfdFlags::empty());
-    let holder = Holder::new(kind, regions, &file, THREADS[2]);
-    let contention = Contention::here();
-    // The CPU time of ftruncate() while threads do `work`, and how often it queued.
-    let truncate = |work, threads| {
-        holder.order(Work::Nothing, 0);
-        if work != Work::Nothing {
-            holder.order(work, threads);
-        }
-        contention.take();
-        let start = cpu_time();
-        ftruncate(&file, 0).expect("ftruncate");
-        let time = cpu_time() - start;
-        let queued = contention.take() as f64;
-        ftruncate(&file, PAGE as u64).expect("ftruncate");
-        (time, queued)
-    };
-    truncate(Work::Nothing, 0);
-    let works: &[Work] = match kind {
-        Kind::Watched => &[Work::Read, Work::Poll, Work::Purge, Work::Drain],
-        Kind::OnDemand => &[Work::Purge],
-    };
-    let show = |work: &str, threads, time: Vec<f64>, beside: Vec<f64>, queued| {
-        let (time, beside) = (median(time), median(beside));
-        println!(
-            "{:9}{regions:8} {work:7}{threads:8}{time:12.2}{beside:12.2}{:8.2}{:9.0}",
-            format!("{kind:?}"),
-            time / beside,
-            median(queued)
-        );
-    };
-    let (alone, queued): (Vec<_>, Vec<_>) =
-        (0..REPEATS).map(|_| truncate(Work::Nothing, 0)).unzip();
-    show("-", 0, alone.clone(), alone, queued);
-    for &work in works {
-        for threads in THREADS {
-            let mut figures = (Vec::new(), Vec::new(), Vec::new());
-            for _ in 0..REPEATS {
-                figures.1.push(truncate(Work::Other, threads).0);
-                let (time, queued) = truncate(work, threads);
-                figures.0.push(time);
-                figures.2.push(queued);
-            }
-            let work = format!("{work:?}");
-            show(&work, threads, figures.0, figures.1, figures.2);
+fn by_threads(cpus: usize) {
+    const REGIONS: usize = 50;
+    const REPEATS: usize = 5;
+    println!("{cpus} CPUs, {REGIONS} regions: invalidations that had to queue for a spinlock");
+    println!("{:9}{:>8}{:>10}", "work", "threads", "queued");
+    for work in [
+        Work::Other,
+        Work::Read,
+        Work::Poll,
+        Work::Purge,
+        Work::Drain,
+    ] {
+        for threads in [1, 3, 8] {
+            let file = memfd(1, MemfdFlags::empty());
+            let holder = Holder::new(Kind::Watched, REGIONS, &file, threads);
+            let contention = Contention::here();
+            let queued: usize = (0..REPEATS)
+                .map(|_| {
+                    holder.order(Work::Nothing, 0);
+                    holder.order(work, threads);
+                    contention.take();
+                    truncate(&file);
+                    contention.take()
+                })
+                .sum();
+            let part = queued as f64 / (2 * REGIONS * REPEATS) as f64;
+            println!("{:9}{threads:8}{:9.1}%", format!("{work:?}"), part * 100.0);
         }
     }
 }
