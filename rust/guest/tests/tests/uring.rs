@@ -155,12 +155,13 @@ fn read_by_the_polling_thread() {
     setup.expect_count(1);
 }
 
-/// Interface: a read of a blocking queue waits for an event, by the ring's poll or by a
-/// worker.
+/// Interface: a read waits for an event, by the ring's poll or by a worker, also with
+/// O_NONBLOCK (io_uring/rw.c: the file supports IOCB_NOWAIT).
 #[test]
 fn read_waits() {
-    for flags in WAYS {
+    for (flags, nonblocking) in WAYS.into_iter().flat_map(|way| [(way, false), (way, true)]) {
         let mut setup = Setup::new();
+        setup.fixture.queue.set_nonblocking(nonblocking).unwrap();
         for page in 0..2 {
             setup.submit(&setup.read().flags(flags));
             setup.expect_waits();
@@ -172,14 +173,12 @@ fn read_waits() {
     }
 }
 
-/// Interface: with O_NONBLOCK, or RWF_NOWAIT, a read of an empty queue fails with EAGAIN.
+/// Interface: with RWF_NOWAIT a read of an empty queue fails with EAGAIN.
 #[test]
 fn read_does_not_wait() {
-    for (flags, nonblocking) in WAYS.into_iter().flat_map(|way| [(way, false), (way, true)]) {
+    for flags in WAYS {
         let mut setup = Setup::new();
-        setup.fixture.queue.set_nonblocking(nonblocking).unwrap();
-        let nowait = if nonblocking { 0 } else { libc::RWF_NOWAIT };
-        let read = setup.to_read().rw_flags(nowait).build();
+        let read = setup.to_read().rw_flags(libc::RWF_NOWAIT).build();
         let read = read.user_data(TAG).flags(flags);
         setup.submit(&read);
         setup.expect_completion(-libc::EAGAIN);
