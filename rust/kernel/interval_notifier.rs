@@ -484,9 +484,8 @@ unsafe impl<T: IntervalNotifierCallback> ForeignOwnable for Registration<T> {
 ///
 /// Process context, may sleep. `mmap_lock` of `mm` must not be held.
 pub fn prepare(mm: &MmWithUser) -> Result {
-    // SAFETY: `mm_users` is not zero by the type invariants of `MmWithUser`. Without a subscription
-    // this only sets up the tree, as `mmu_interval_notifier_insert()` does.
-    to_result(unsafe { bindings::mmu_notifier_register(core::ptr::null_mut(), mm.as_raw()) })
+    // SAFETY: `mm_users` is not zero by the type invariants of `MmWithUser`.
+    to_result(unsafe { bindings::mmu_interval_notifier_prepare(mm.as_raw()) })
 }
 
 #[cfg(CONFIG_RUST_MM_INTERVAL_NOTIFIER_KUNIT_TEST)]

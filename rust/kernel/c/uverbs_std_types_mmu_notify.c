@@ -71,6 +71,66 @@ static void uverbs_mmu_notify_release_cleanup(struct ib_uobject *uobj)
 	ib_uverbs_mmu_queue_release_put(to_mmu_notify_file(uobj)->queue);
 }
 
+static ssize_t uverbs_mmu_notify_read_iter(struct kiocb *iocb,
+					   struct iov_iter *to)
+{
+	struct file *filp = iocb->ki_filp;
+	struct ib_uverbs_mmu_notify_file *file = filp->private_data;
+	bool nonblock = (filp->f_flags & O_NONBLOCK) ||
+			(iocb->ki_flags & IOCB_NOWAIT);
+
+	return ib_uverbs_mmu_queue_read(file->queue, to, nonblock);
+}
+
+static __poll_t uverbs_mmu_notify_poll(struct file *filp,
+				       struct poll_table_struct *wait)
+{
+	struct ib_uverbs_mmu_notify_file *file = filp->private_data;
+
+	return ib_uverbs_mmu_queue_poll(file->queue, filp, wait);
+}
+
+static vm_fault_t uverbs_mmu_notify_fault(struct vm_fault *vmf)
+{
+	vmf->page = vmf->vma->vm_private_data;
+	get_page(vmf->page);
+	return 0;
+}
+
+static const struct vm_operations_struct uverbs_mmu_notify_vm_ops = {
+	.fault = uverbs_mmu_notify_fault,
+};
+
+static int uverbs_mmu_notify_mmap_prepare(struct vm_area_desc *desc)
+{
+	struct ib_uverbs_mmu_notify_file *file = desc->file->private_data;
+
+	/*
+	 * The file is read-only, so mm has refused PROT_WRITE and cleared
+	 * VMA_SHARED and VMA_MAYWRITE. Only MAYSHARE tells a shared mapping
+	 * from a private one.
+	 */
+	if (desc->pgoff || vma_desc_size(desc) != PAGE_SIZE ||
+	    !vma_desc_test(desc, VMA_MAYSHARE_BIT))
+		return -EINVAL;
+
+	vma_desc_set_flags(desc, VMA_DONTCOPY_BIT, VMA_DONTEXPAND_BIT,
+			   VMA_DONTDUMP_BIT);
+	/* Not mapped here: MADV_DONTNEED would unmap the page for good */
+	desc->vm_ops = &uverbs_mmu_notify_vm_ops;
+	/* Stays until the file is released, which the mapping delays */
+	desc->private_data = ib_uverbs_mmu_queue_page(file->queue);
+	return 0;
+}
+
+static const struct file_operations uverbs_mmu_notify_fops = {
+	.owner	      = THIS_MODULE,
+	.read_iter    = uverbs_mmu_notify_read_iter,
+	.poll	      = uverbs_mmu_notify_poll,
+	.mmap_prepare = uverbs_mmu_notify_mmap_prepare,
+	.release      = uverbs_uobject_fd_release,
+};
+
 DECLARE_UVERBS_NAMED_METHOD(
 	UVERBS_METHOD_MMU_NOTIFY_ALLOC,
 	UVERBS_ATTR_FD(UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE,
