@@ -11,17 +11,16 @@
 //! consumes the only reference to it, so it cannot be inserted twice. The [`Registration`] that it
 //! returns owns a reference for as long as callbacks can run.
 //!
-//! # Which changes call back
+//! # Which changes invoke the callback
 //!
-//! A change that began before [`Registration::insert`] never calls back, and may still be running
-//! when that function returns. Before the page tables are read, for example to pin pages,
-//! [`Registration::wait_for_in_flight`] has to be called. After that there is no gap: each change
-//! either was complete before, or calls back.
+//! The callback is not invoked for a change that was already running at [`Registration::insert`],
+//! and possibly not for changes that begin while it is still running. Call
+//! [`Registration::wait_for_in_flight`] before reading the page tables, for example to pin pages.
+//! After that, every change either has completed or invokes the callback.
 //!
 //! # Examples
 //!
-//! Counting the invalidations of a range of the current process that may concern more than the
-//! protection of its pages:
+//! Count the invalidations of a range of the current process, except changes of protection:
 //!
 //! ```
 //! use core::ops::Range;
@@ -121,13 +120,13 @@ pub struct Event(bindings::mmu_notifier_event);
 impl Event {
     /// The range is unmapped, or moved to another address.
     pub const UNMAP: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_UNMAP);
-    /// Page table entries are cleared, for one of many reasons.
+    /// Page table entries are cleared.
     pub const CLEAR: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_CLEAR);
     /// The protection of the range changes.
     pub const PROTECTION_VMA: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_VMA);
     /// The protection of page table entries changes, but not that of the range.
     pub const PROTECTION_PAGE: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_PAGE);
-    /// Entries are write-protected to find out which pages are written.
+    /// Entries are write-protected for soft-dirty tracking.
     pub const SOFT_DIRTY: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_SOFT_DIRTY);
     /// The address space is torn down.
     pub const RELEASE: Self = Self(bindings::mmu_notifier_event_MMU_NOTIFY_RELEASE);
@@ -219,8 +218,8 @@ impl<T> IntervalNotifier<T> {
 ///
 /// # Safety
 ///
-/// The two methods must return a pointer to the same field of type [`IntervalNotifier<Self>`] that
-/// belongs to `this`, and to the object that this field belongs to.
+/// [`Self::raw_get_notifier`] must return a pointer to a field of `this`, and
+/// [`Self::notifier_container_of`] must be its inverse.
 pub unsafe trait HasIntervalNotifier: Sized {
     /// Returns a pointer to the notifier of `this`.
     ///
@@ -281,8 +280,8 @@ pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static 
     ///
     /// Runs in the task that changes the mapping, possibly in memory reclaim or in the OOM reaper,
     /// and with sleeping locks of memory management held. Must not sleep, must not allocate memory
-    /// except with [`GFP_NOWAIT`], and must not take a lock that is held anywhere while a
-    /// [`Registration`] is inserted, waited for or dropped.
+    /// except with [`GFP_NOWAIT`], and must not take a lock under which a [`Registration`] is
+    /// inserted, waited for or dropped.
     ///
     /// [`GFP_NOWAIT`]: crate::alloc::flags::GFP_NOWAIT
     fn invalidate(this: ArcBorrow<'_, Self>, invalidation: &Invalidation);
@@ -297,9 +296,9 @@ pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static 
 
 /// The insertion of an object into the notifier tree of an address space.
 ///
-/// Dropping it removes the object from the tree and waits, uninterruptibly, until no callback runs.
-/// It may also wait for unrelated invalidations in the same address space, including the callbacks
-/// of other subscribers. It must not be dropped in a callback, nor while holding a lock that a
+/// Dropping it removes the object from the tree and waits uninterruptibly for running callbacks. It
+/// may also wait for unrelated invalidations in the same address space, including the callbacks of
+/// other subscribers. It must not be dropped in a callback, nor while holding a lock that a
 /// callback or the invalidating task takes; lockdep only catches the locks taken in callbacks. It
 /// can be dropped after the address space has been torn down: it keeps the `mm_struct` alive, but
 /// not the mappings.
@@ -323,14 +322,14 @@ impl<T: IntervalNotifierCallback> Registration<T> {
         invalidate_finish: None,
     };
 
-    /// Starts to observe `range`, user addresses with the end not included, of `mm`.
+    /// Starts observing the user addresses `range` of `mm`, the end not included.
     ///
     /// Callbacks may run before this function returns. See the [module] documentation for the
-    /// changes that do not call back.
+    /// changes that do not invoke the callback.
     ///
     /// Fails with `EOVERFLOW` if the range is empty. The first insertion into an address space can
-    /// also fail with `ENOMEM`, or with `EINTR` if a signal is pending; call [`prepare`] before to
-    /// avoid that.
+    /// also fail with `ENOMEM`, or with `EINTR` if a signal is pending; call [`prepare`] in advance
+    /// to avoid that.
     ///
     /// # Context
     ///
@@ -366,8 +365,7 @@ impl<T: IntervalNotifierCallback> Registration<T> {
     ///
     /// # Context
     ///
-    /// Process context, waits uninterruptibly. Must not be called where a registration must not be
-    /// dropped.
+    /// Process context, waits uninterruptibly. The restrictions for dropping a registration apply.
     pub fn wait_for_in_flight(&self) {
         // The sequence number is for users that retry when a callback has run. An object that
         // records its callbacks needs only the wait.
@@ -475,10 +473,10 @@ unsafe impl<T: IntervalNotifierCallback> ForeignOwnable for Registration<T> {
     }
 }
 
-/// Sets up the notifier tree of `mm`, so that [`Registration::insert`] cannot fail to do so.
+/// Sets up the notifier tree of `mm`, so that [`Registration::insert`] does not need to.
 ///
-/// The tree stays until the address space is torn down. Does not wait for invalidations, unlike an
-/// insertion and removal would. Fails with `EINTR` if a signal is pending, and with `ENOMEM`.
+/// The tree stays as long as the `mm_struct`. Does not wait for invalidations, unlike inserting and
+/// dropping a registration. Fails with `EINTR` if a signal is pending, and with `ENOMEM`.
 ///
 /// # Context
 ///
@@ -509,8 +507,9 @@ mod tests {
         calls: u32,
         last: Option<(Event, usize, usize)>,
         removed: u32,
-        /// Callbacks do not return.
+        /// Callbacks do not return while this is set.
         hold: bool,
+        /// The number of running callbacks.
         inside: u32,
     }
 
@@ -579,7 +578,7 @@ mod tests {
     unsafe impl Send for Running {}
 
     impl Running {
-        /// Begins an invalidation, which calls back.
+        /// Begins an invalidation, which invokes the callbacks.
         fn begin(mm: &MmWithUser, event: Event, range: Range<usize>) -> Self {
             let mut range = bindings::mmu_notifier_range {
                 mm: mm.as_raw(),
@@ -639,7 +638,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_do_not_call_back() -> Result {
+    fn adjacent_range_not_called() -> Result {
         let mm = mm()?;
         let registration = Recorder::insert(&mm, pages(4..8))?;
 
@@ -652,7 +651,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_overlap_are_called() -> Result {
+    fn overlapping_all_called() -> Result {
         let mm = mm()?;
         let [first, second] = [pages(1..3), pages(2..4)].map(|range| Recorder::insert(&mm, range));
         let (first, second) = (first?, second?);
@@ -667,7 +666,7 @@ mod tests {
     }
 
     #[test]
-    fn unmap_calls_back() -> Result {
+    fn unmap_invokes_callback() -> Result {
         let mm = mm()?;
         // SAFETY: This maps and unmaps pages that nobody else uses.
         let addr = unsafe {
@@ -743,7 +742,7 @@ mod tests {
         Ok(())
     }
 
-    /// An insertion while an invalidation calls back is deferred until it ends.
+    /// An insertion is deferred while an invalidation runs that has invoked a callback.
     #[test]
     fn deferred_insertion() -> Result {
         let mm = mm()?;
@@ -802,7 +801,7 @@ mod tests {
         Ok(())
     }
 
-    /// Dropping a registration waits for a callback that runs.
+    /// Dropping a registration waits for a running callback.
     #[test]
     fn drop_while_callback_runs() -> Result {
         let mm = mm()?;

@@ -2,36 +2,36 @@
 
 //! Tells a process when the mapping behind one of its memory regions (MRs) changes.
 //!
-//! A [`Watch`] observes the address range of one MR. A [`Queue`] collects events and backs one
+//! A [`Watch`] detects changes of the mapping of one MR. A [`Queue`] collects events and backs one
 //! notification FD. This file contains the C entry points declared in [`uverbs_mmu_notify.h`];
-//! `queue` implements watches and queues, `state` what is known of one MR.
+//! `queue` implements watches and queues, `state` the representation of events.
 //!
 //! # Registration
 //!
-//! 1. The watch is allocated, and its notifier inserted.
-//! 2. Invalidations that are running in the address space are waited for. Those that begin later
-//!    call the watch.
+//! 1. Allocate the watch and insert its notifier.
+//! 2. Wait for the running invalidations of the address space. Later ones invoke the callback of
+//!    the watch.
 //! 3. The driver pins the pages.
-//! 4. The uobject is finalized and all responses are copied to userspace.
-//! 5. The watch goes live. If it was called meanwhile, the MR is *born stale*: an event is queued
-//!    at once. This step cannot fail, and nothing that can fail follows.
-//! 6. If a step before that fails, the watch is stopped. No event has been queued for it.
+//! 4. Finalize the uobject and copy all responses to userspace.
+//! 5. The watch goes live. If it has recorded an invalidation since step 1, the MR is *born stale*:
+//!    an event is queued at once. Neither this step nor anything after it can fail.
 //!
-//! So a change of the mapping either is complete before the pages are pinned, or is reported, and
-//! an MR is never live without a watch.
+//! If an earlier step fails, the watch is stopped. No event has been queued for it.
+//!
+//! So each change of the mapping either completes before the pages are pinned or is reported.
 //!
 //! # States
 //!
 //! A watch is *registering* until step 5, then *live*, and finally *stopped*. Only a live watch
-//! queues events. A queue is open until its context, its device or its file goes away, whatever
-//! comes first; then it is *closed*: it advances the generation a last time and delivers nothing.
-//! Its watches remain until their MRs are deregistered.
+//! queues events. A queue is *closed* when its context, its device or its file goes away, whichever
+//! is first: the generation advances one last time, and no more events are delivered. The watches
+//! of the queue remain until their MRs are deregistered.
 //!
 //! # Deregistration
 //!
-//! The driver's `dereg_mr` is called first, so that the device does not access pages that nobody
-//! observes. Then the watch is stopped: its notifier is removed, which waits for callbacks, and a
-//! pending event is dropped. What is left is the number of events that were delivered.
+//! The driver's `dereg_mr` comes first, so that the device does not access unwatched pages. Then
+//! the watch is stopped: its notifier is removed, which waits for running callbacks, and a pending
+//! event is dropped. The result is the number of delivered events.
 //!
 //! Locks and references are described in `queue`.
 //!
@@ -67,7 +67,7 @@ use kernel::{
     types::ForeignOwnable, //
 };
 
-// A crate root looks for its modules beside itself, among the C files.
+// By default the modules of a crate root are searched next to it, among the C files.
 #[path = "uverbs_mmu_notify/queue.rs"]
 mod queue;
 #[path = "uverbs_mmu_notify/state.rs"]
@@ -134,7 +134,7 @@ impl Buffer for IovIterDest<'_> {
     }
 }
 
-/// Returns the address space of a task, or `EPERM` if it has none, as kernel threads do not.
+/// Returns the address space of a task, or `EPERM` for a kernel thread without one.
 fn mm_of(task: &CurrentTask) -> Result<&MmWithUser> {
     task.mm().ok_or(EPERM)
 }
@@ -174,7 +174,7 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_get(queue: *mut bindings::ib_uverbs
     // SAFETY: The caller owns a reference during this call.
     let queue = unsafe { borrow_queue(queue) };
 
-    // Dropped by one of the two functions that put it.
+    // One of the two functions that put a reference drops it.
     let _ = Arc::from(queue).into_foreign();
 }
 
@@ -193,7 +193,7 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_close_put(queue: *mut bindings::ib_
 /// # Safety
 ///
 /// The caller must own a reference to `queue`, an object from [`ib_uverbs_mmu_queue_alloc`], which
-/// this function takes over. The page of the queue must not be used any longer, except through
+/// this function takes over. From then on the page of the queue must only be used through
 /// references to the page itself.
 #[export]
 pub unsafe extern "C" fn ib_uverbs_mmu_queue_release_put(
@@ -270,7 +270,7 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_page(
 
     queue.with_page(|page| {
         page.map_or(ptr::null_mut(), |page| {
-            // SAFETY: The page is an allocation of vmalloc, which stays while it is borrowed.
+            // SAFETY: The page comes from vmalloc, and is not freed while it is borrowed.
             unsafe { Vmalloc::to_page(NonNull::from(page).cast()) }.as_ptr()
         })
     })

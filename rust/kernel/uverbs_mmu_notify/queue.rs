@@ -6,26 +6,24 @@
 //!
 //! A watch has at most one pending event, kept in [`Watch::pending`]. The first invalidation queues
 //! it and advances the generation; both happen under the lock of the queue. Further invalidations
-//! merge into it by compare-exchange. They take no lock and leave the generation alone, for it is
-//! already ahead of all that has been delivered. So the only shared memory that an invalidation of
-//! a watch with a pending event writes to is its own watch.
+//! merge into it by compare-exchange. They take no lock and do not advance the generation, which is
+//! already ahead of all delivered events. So they write to nothing but the watch.
 //!
 //! # Locks
 //!
 //! In this order:
 //!
-//! - [`Queue::reader`]: held while events are copied out, by one task at a time; not while it waits
-//!   for events or faults in its buffer. Keeps concurrent readers away from the next lock.
+//! - [`Queue::reader`]: serializes readers while they copy events, so that at most one of them
+//!   contends for `inner`. Not held while a reader waits for events or faults in its buffer.
 //! - [`Queue::inner`]: also protects the [`State`] of each watch of the queue. Taken by the
-//!   callback of the notifier. Nothing sleeps, allocates or frees memory under it.
+//!   notifier callback. Nothing sleeps, allocates or frees memory under it.
 //! - The lock of the wait queue. A reader takes it under `inner` before it sleeps. Waiters are
 //!   woken without `inner`.
 //!
 //! # References
 //!
-//! A watch owns a reference to its queue. The queue owns one to each watch in its list. It is never
-//! the last one: the [`Registration`] of the watch owns another until it has taken the watch out of
-//! the list.
+//! A watch owns a reference to its queue. The queue owns one to each watch in its list. That one is
+//! never the last: the [`Registration`] holds another until it has removed the watch from the list.
 
 use super::{
     state::{
@@ -100,12 +98,12 @@ use kernel::{
     }, //
 };
 
-/// The most events that are copied out under the lock at once.
+/// The maximum number of events that are copied under the lock at once.
 ///
 /// The buffer may be slow, device memory for example, and invalidations wait for the lock.
 const BATCH: usize = 16;
 
-/// How often in a row [`Queue::read`] faults in its buffer before it gives up.
+/// How many times in a row [`Queue::read`] faults in its buffer before it gives up.
 const MAX_FAULTS: u32 = 16;
 
 /// What poll() reports if an event is pending.
@@ -128,7 +126,7 @@ impl CounterPage {
 pub(crate) struct Queue {
     /// The address space of the creator, the only one that can be watched and that can read.
     mm: ARef<Mm>,
-    /// Blocked readers, exclusively, and pollers.
+    /// Blocked readers (exclusive waiters) and pollers.
     waiters: PollCondVarBox,
     /// What poll() reports: `READABLE`, `POLLERR` or zero. Written under `inner`.
     ready: Atomic<u32>,
@@ -143,18 +141,18 @@ pub(crate) struct Queue {
 /// - `pending` only contains watches whose `queue` is the one that this belongs to.
 /// - A watch in `pending` has a pending event and is live.
 struct Inner {
-    /// Watches with a pending event, in the order in which the generation advanced for them.
+    /// Watches with a pending event, in the order of the events' generations.
     pending: List<Watch>,
     generation: u64,
-    /// `None` once nobody can map it any longer.
+    /// `None` after [`Queue::release`].
     page: Option<VBox<CounterPage>>,
     closed: bool,
 }
 
-/// Where a watch is between registration and deregistration of its MR.
+/// Lifecycle of a watch.
 #[derive(PartialEq, Eq)]
 enum Phase {
-    /// Invalidations are remembered.
+    /// Invalidations are recorded, but not queued.
     Registering,
     /// Invalidations are queued.
     Live,
@@ -162,7 +160,7 @@ enum Phase {
     Stopped,
 }
 
-/// What the lock of the queue protects of a watch.
+/// The part of a watch that the lock of the queue protects.
 struct State {
     /// Of the pending event.
     generation: u64,
@@ -171,10 +169,10 @@ struct State {
     phase: Phase,
 }
 
-/// Observes the address range of one MR.
+/// Watches the address range of one MR.
 ///
-/// In the order of this declaration, so that an invalidation that merges touches two cache lines:
-/// the one of the tree node, and the next.
+/// The field order keeps a merging invalidation within two cache lines: that of the tree node, and
+/// the next.
 #[pin_data]
 #[repr(C)]
 pub(crate) struct Watch {
@@ -217,10 +215,10 @@ pub(crate) trait Buffer {
 
     /// Faults in the memory for the next `count` records, after [`Self::copy`] has failed.
     ///
-    /// Returns for how many it did, at least one. Fails with `EFAULT` if it cannot. May sleep.
+    /// Returns for how many of them it succeeded, at least one, or fails with `EFAULT`. May sleep.
     fn fault_in(&mut self, count: usize) -> Result<usize>;
 
-    /// Returns whether a signal is pending, and lets other tasks run. May sleep.
+    /// Reschedules if needed, and returns whether a signal is pending. May sleep.
     fn interrupted(&self) -> bool;
 }
 
@@ -239,9 +237,9 @@ impl Inner {
     /// Copies the oldest events to `buffer`, as many as `records` has room for, counts and removes
     /// them.
     ///
-    /// This is one step for other holders of the lock, so that no event is delivered after
-    /// deregistration has returned the count. Returns how many events there were, as an error if
-    /// the copy failed: nothing has changed then.
+    /// Atomic under the lock, so that no event is delivered after deregistration has returned the
+    /// count. Returns the number of events: `Ok` if they were delivered, `Err` if the copy failed
+    /// and nothing has changed.
     fn deliver(
         &mut self,
         buffer: &mut impl Buffer,
@@ -252,8 +250,8 @@ impl Inner {
 
         for ((record, taken), watch) in records.iter_mut().zip(&mut taken).zip(self.pending.iter())
         {
-            // Taken before the copy: an invalidation either has merged into what is copied, or
-            // finds no event and waits for the lock. Relaxed: the lock orders everything else.
+            // Clear `pending` before the copy: an invalidation either has merged already, or finds
+            // no event and waits for the lock. Relaxed: the lock orders everything else.
             *taken = watch.pending.xchg(Pending::NONE.into(), Relaxed).into();
             let generation = watch.state.access(self).generation;
             *record = watch.region.record(*taken, watch.cookie, generation);
@@ -269,8 +267,8 @@ impl Inner {
         }
 
         for _ in 0..count {
-            // Dropped here, under the lock: the next invalidation must be able to queue the watch
-            // again. It is not the last reference, see the top of this file.
+            // The `ListArc` is dropped under the lock, so that the next invalidation can queue the
+            // watch again. It is not the last reference, see the top of this file.
             if let Some(watch) = self.pending.pop_front() {
                 let state = watch.state.access_mut(self);
                 state.delivered = state.delivered.wrapping_add(1);
@@ -332,10 +330,10 @@ impl Queue {
 
     /// Wakes one blocked reader and all pollers.
     ///
-    /// `inner` must not be held. Any context that a notifier callback may run in.
+    /// `inner` must not be held. Runs in any context in which a notifier callback may run.
     fn wake(&self) {
-        // Exact: a reader begins to wait with the lock of the queue held, and a poller before it
-        // loads `ready`; `has_waiters()` orders that against what we have stored.
+        // No wake-up is lost: a reader joins the wait queue under `inner`, a poller before it loads
+        // `ready`, and the barrier in `has_waiters()` orders our stores before its check.
         if self.waiters.has_waiters() {
             self.waiters.notify_one();
         }
@@ -343,8 +341,8 @@ impl Queue {
 
     /// Wakes another reader if events are left.
     ///
-    /// One was woken when the queue became readable, maybe the caller, which is about to do
-    /// something else.
+    /// Only one reader is woken when the queue becomes readable. If that is the caller, which now
+    /// returns or faults in its buffer, another one must take over.
     fn pass_on(&self) {
         if self.ready.load(Relaxed) == READABLE {
             self.wake();
@@ -353,8 +351,8 @@ impl Queue {
 
     /// Sleeps until an event is queued or the queue is closed. The lock is released meanwhile.
     ///
-    /// May wake up spuriously. Fails with `ERESTARTSYS` if a signal is pending and there is still
-    /// nothing.
+    /// May wake up spuriously. Fails with `ERESTARTSYS` if a signal is pending and the queue is
+    /// still empty and open.
     fn wait(&self, mut inner: Guard<'_, Inner, SpinLockBackend>) -> Result {
         if self.waiters.wait_interruptible(&mut inner) && inner.pending.is_empty() && !inner.closed
         {
@@ -363,22 +361,29 @@ impl Queue {
         Ok(())
     }
 
-    /// Copies up to `max` events to `buffer` and returns how many, which is not zero.
+    /// Copies up to `max` events to `buffer` and returns their number, at least one.
     ///
-    /// If no event is pending it sleeps, or fails with `EAGAIN` if `nonblock`; this is the only
-    /// statement that the queue was empty. After the first event it returns early if a signal is
-    /// pending, if the queue is empty or closed, or if the buffer faults. Before it, it fails with
-    /// `EIO` if the queue is closed, with `ERESTARTSYS` if a signal ends the wait, with `EINTR` if
-    /// the task is being killed, and with `EFAULT` if the buffer cannot be written. An error means
-    /// that no event was removed. Process context, may sleep.
+    /// Sleeps if no event is pending, or fails with `EAGAIN` if `nonblock`. Only `EAGAIN` means
+    /// that the queue is empty. After the first event it returns early if a signal is pending, if
+    /// the queue is empty or closed, or if the buffer cannot be written.
+    ///
+    /// If it fails no event has been removed. The other errors are:
+    ///
+    /// - `EIO`: the queue is closed.
+    /// - `ERESTARTSYS`: a signal ended the wait.
+    /// - `EINTR`: the task is being killed.
+    /// - `EFAULT`: the buffer cannot be faulted in, or the copy still fails after [`MAX_FAULTS`]
+    ///   attempts in a row.
+    ///
+    /// Process context, may sleep.
     pub(crate) fn read(
         &self,
         max: usize,
         nonblock: bool,
         buffer: &mut impl Buffer,
     ) -> Result<usize> {
-        // A look at an empty queue takes no lock. Relaxed: who has loaded a generation with acquire
-        // order sees what was stored before it, see `Watch::enqueue()`.
+        // Check for an empty queue without a lock. Relaxed: a task that loaded a generation with
+        // acquire ordering also sees the earlier store to `ready`, see `Watch::enqueue()`.
         match self.ready.load(Relaxed) {
             0 if nonblock => return Err(EAGAIN),
             bindings::POLLERR => return Err(EIO),
@@ -396,7 +401,7 @@ impl Queue {
         }
     }
 
-    /// Does the work of [`Self::read`]; adds to `done` what was delivered.
+    /// Does the work of [`Self::read`]. Adds the number of delivered events to `done`.
     fn read_batches(
         &self,
         max: usize,
@@ -405,7 +410,7 @@ impl Queue {
         done: &mut usize,
     ) -> Result {
         let mut records = [Record::default(); BATCH];
-        // For how many events the buffer is writable, if that is known.
+        // The number of events that the buffer can be written for, or `BATCH` if unknown.
         let mut room = BATCH;
         let mut faults = 0;
 
@@ -420,7 +425,7 @@ impl Queue {
                 if nonblock || *done != 0 {
                     return Err(EAGAIN);
                 }
-                // Does not sleep, unlike locking it.
+                // Unlocking the mutex under the spinlock is fine: it does not sleep.
                 drop(reader);
                 self.wait(inner)?;
                 (room, faults) = (BATCH, 0);
@@ -446,7 +451,7 @@ impl Queue {
                 Err(_) if faults == MAX_FAULTS => return Err(EFAULT),
                 Err(count) => {
                     faults += 1;
-                    // May take for ever.
+                    // `fault_in()` may block indefinitely.
                     self.pass_on();
                     room = buffer.fault_in(count)?;
                 }
@@ -455,7 +460,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Lets poll() report the state of `inner`, which must be that of this queue.
+    /// Updates `ready` from `inner`, which must belong to this queue.
     fn update_ready(&self, inner: &Inner) {
         let ready = if inner.closed {
             bindings::POLLERR
@@ -471,14 +476,14 @@ impl Queue {
     ///
     /// Process context, may sleep. Takes no lock but that of the wait queue.
     pub(crate) fn poll(&self, file: &File, table: PollTable<'_>) -> c_uint {
-        // Orders the registration before the load: either we see what was stored, or the waker sees
-        // us.
+        // `register_wait()` orders the registration before the load: either we see the new `ready`,
+        // or the waker sees us.
         table.register_wait(file, &self.waiters);
 
         self.ready.load(Relaxed)
     }
 
-    /// Ends all delivery and advances the generation a last time. Idempotent.
+    /// Ends all delivery and advances the generation one last time. Idempotent.
     ///
     /// Pending events are neither delivered nor counted. Watches stay until they are stopped, but
     /// queue nothing. Process context.
@@ -497,7 +502,8 @@ impl Queue {
 
     /// Closes the queue and frees the page. Idempotent.
     ///
-    /// To be called when the file is gone, and with it each mapping. Process context, may sleep.
+    /// To be called when the file is gone, and with it every mapping of the page. Process context,
+    /// may sleep.
     pub(crate) fn release(&self) {
         self.close();
 
@@ -507,16 +513,16 @@ impl Queue {
 }
 
 impl Watch {
-    /// Starts to observe the addresses `range` of `mm`, untagged, the end not included.
+    /// Starts watching the addresses `range` of `mm`, untagged, the end not included.
     ///
-    /// No event is queued before [`Watch::go_live`], but every change of the mapping that begins
-    /// after the return of this function is seen. Lasts until the registration is dropped, or
-    /// passed to [`stop`].
+    /// Every change of the mapping that begins after this function has returned is recorded, but
+    /// no event is queued before [`Watch::go_live`]. The watch lasts until the registration is
+    /// dropped or passed to [`stop`].
     ///
     /// Fails with `EPERM` if `mm` is not that of the creator of the queue, with `EINVAL` if the
     /// range is empty or if rounding its end up to a page overflows, with `EIO` if the queue is
-    /// closed, and with `ENOMEM`. Process context; waits, uninterruptibly, for all invalidations
-    /// that are running in `mm`; `mmap_lock` must not be held.
+    /// closed, and with `ENOMEM`. Process context; waits uninterruptibly for the running
+    /// invalidations of `mm`; `mmap_lock` must not be held.
     pub(crate) fn start(
         queue: ArcBorrow<'_, Queue>,
         mm: &MmWithUser,
@@ -558,7 +564,7 @@ impl Watch {
         Ok(registration)
     }
 
-    /// Starts to queue events, first of all for what has been seen since [`Watch::start`].
+    /// Starts queueing events. What was recorded since [`Watch::start`] is queued at once.
     ///
     /// Has no effect on a watch that is live or stopped. Cannot fail. Process context, does not
     /// sleep.
@@ -570,7 +576,7 @@ impl Watch {
         }
         state.phase = Phase::Live;
 
-        // Relaxed: there comes to be an event only under the lock.
+        // Relaxed: `NONE` is replaced by an event only under the lock.
         let seen = Pending::from(self.pending.load(Relaxed)) != Pending::NONE;
         if seen && !inner.closed {
             let wake = self.enqueue(&mut inner);
@@ -583,8 +589,8 @@ impl Watch {
 
     /// Queues the watch, which is not queued, and advances the generation.
     ///
-    /// Returns whether the queue was empty, so that [`Queue::wake`] has to be called without the
-    /// lock.
+    /// Returns whether the queue was empty. If so, the caller must call [`Queue::wake`] after
+    /// dropping the lock.
     ///
     /// # Panics
     ///
@@ -592,7 +598,7 @@ impl Watch {
     fn enqueue(self: ArcBorrow<'_, Self>, inner: &mut Inner) -> bool {
         let was_empty = inner.pending.is_empty();
 
-        // Before the generation: see `Queue::read()`.
+        // Store before advancing the generation, see `Queue::read()`.
         if was_empty {
             self.queue.ready.store(READABLE, Relaxed);
         }
@@ -601,7 +607,8 @@ impl Watch {
         // Fails only for a watch that is in the list.
         if let Some(watch) = ListArc::try_from_arc_borrow(self) {
             // INVARIANT: `access_mut()` panics unless `inner` belongs to the queue of the watch.
-            // The callers have found it live, with an event or one that they are about to store.
+            // The callers found the watch live, with a pending event, or store one before they drop
+            // the lock.
             inner.pending.push_back(watch);
         }
         was_empty
@@ -610,35 +617,38 @@ impl Watch {
     /// Merges `event` into the pending event, or returns false if there is none.
     fn merge(&self, event: Pending) -> bool {
         loop {
-            // Acquire: a task that finds the event of a live watch sees the generation advanced for
-            // it. Before the watch goes live no look-up can find the MR.
+            // Acquire: pairs with Release in `report()`, so that a task that finds the event of a
+            // live watch also sees its generation. If `go_live()` queued the event, userspace gets
+            // the MR only after that.
             let old = Pending::from(self.pending.load(Acquire));
             if old == Pending::NONE {
                 return false;
             }
             let new = old.merge(event);
-            // Full: orders like the load if it succeeds.
+            // Full: on success at least as strong as the load.
             if new == old || self.pending.cmpxchg(old.into(), new.into(), Full).is_ok() {
                 return true;
             }
         }
     }
 
-    /// Adds `event` to what is pending. Returns the generation if that advanced it.
+    /// Merges `event` into the pending event, or makes it the pending one.
+    ///
+    /// Returns the new generation if it advanced.
     fn report(self: ArcBorrow<'_, Self>, event: Pending) -> Option<u64> {
         if self.merge(event) {
             return None;
         }
 
         let mut inner = self.queue.inner.lock();
-        // Another task may have been faster to the lock.
+        // Recheck: another task may have stored an event meanwhile.
         if self.merge(event) {
             return None;
         }
         let queued = self.state.access(&inner).phase == Phase::Live && !inner.closed;
         let wake = queued && self.enqueue(&mut inner);
         let generation = inner.generation;
-        // Release: a task that merges into this event, without the lock, sees the generation.
+        // Release: a task that merges into this event without the lock sees the generation.
         self.pending.store(event.into(), Release);
         drop(inner);
 
@@ -662,9 +672,9 @@ impl IntervalNotifierCallback for Watch {
 
     fn removed(this: ArcBorrow<'_, Self>) {
         let mut inner = this.queue.inner.lock();
-        // SAFETY: `links` is only ever in the list `pending` of a queue: that is the only list of
-        // this type, and it is never moved to another. By the invariant of `Inner` it is that of
-        // the queue of the watch, which never changes, and `inner` belongs to this one.
+        // SAFETY: `links` can only be in the list `pending` of a queue, as there is no other list
+        // of this type. By the invariant of `Inner` that is the queue of the watch, which never
+        // changes, and `inner` belongs to it.
         let queued = unsafe { inner.pending.remove(&this) };
         this.queue.update_ready(&inner);
         let state = this.state.access_mut(&mut inner);
@@ -677,11 +687,11 @@ impl IntervalNotifierCallback for Watch {
     }
 }
 
-/// Stops a watch and returns how many of its events have been delivered, modulo 2^32.
+/// Stops a watch and returns the number of its events that were delivered, modulo 2^32.
 ///
 /// A pending event is dropped and not counted. No event is delivered after the return. Process
-/// context; waits, uninterruptibly, for all invalidations that are running in the address space; no
-/// lock may be held that is held around an invalidation.
+/// context; waits uninterruptibly for the running invalidations of the address space. The caller
+/// must not hold a lock that is also held across an invalidation, such as `mmap_lock`.
 pub(crate) fn stop(registration: Registration<Watch>) -> u32 {
     let watch = registration.remove();
     let inner = watch.queue.inner.lock();
@@ -689,8 +699,8 @@ pub(crate) fn stop(registration: Registration<Watch>) -> u32 {
     watch.state.access(&inner).delivered
 }
 
-// A watch and the reference count that precedes it are to fit in an object of 192 bytes, and what
-// an invalidation that merges uses is to end with the second cache line of 64 bytes.
+// A watch with its reference count must fit into kmalloc-192, and the fields that a merge uses into
+// the first two cache lines of 64 bytes.
 const _: () = {
     let count = 8;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0 OR Linux-OpenIB
 
-//! Per-MR state: plain data, no locks, no pointers.
+//! Representation of events: plain data, no locks, no pointers.
 
 use core::ops::Range;
 use kernel::{
@@ -31,10 +31,10 @@ pub(crate) enum Reason {
 impl Reason {
     /// Returns the reason to report `event` with, or `None` if it leaves the pinned pages mapped.
     ///
-    /// Changes of protection and soft-dirty tracking leave the pages mapped: a pinned anonymous
-    /// page is exclusive and is not replaced on write, and a long-term pin has broken
-    /// copy-on-write before. Migration to a device fails for pinned pages. Exclusive access of a
-    /// device ends with the same page mapped again. Unknown events are reported.
+    /// Changes of protection and soft-dirty tracking leave the pages mapped: pinned anonymous pages
+    /// are exclusive and not replaced on write; a long-term pin has already broken copy-on-write.
+    /// Migration to a device fails for pinned pages. Device-exclusive access ends with the same
+    /// page mapped. Unknown events are reported.
     pub(crate) fn of(event: MmEvent) -> Option<Self> {
         match event {
             MmEvent::PROTECTION_VMA
@@ -49,7 +49,7 @@ impl Reason {
     }
 }
 
-/// The pending event of an MR in one word: its reasons, and its span in units of [`Region`].
+/// The pending event of an MR in one word: its reasons, and its range in units of [`Region`].
 ///
 /// [`Pending::NONE`] if there is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,9 +83,9 @@ impl Pending {
         self.0 >> (Self::REASON_BITS + Self::UNIT_BITS)
     }
 
-    /// Returns the event for both: the smallest span that covers theirs, and all their reasons.
+    /// Returns the union: the smallest range that covers both, and all reasons.
     ///
-    /// Both must be events.
+    /// Neither may be [`Pending::NONE`].
     pub(crate) fn merge(self, other: Self) -> Self {
         Self(
             (self.last().max(other.last()) << (Self::REASON_BITS + Self::UNIT_BITS))
@@ -108,10 +108,10 @@ impl From<Pending> for u64 {
     }
 }
 
-/// The addresses of an MR: CPU virtual addresses without tag.
+/// The addresses of an MR: untagged CPU virtual addresses.
 ///
-/// Spans inside it are counted in units from the one that contains its start. A unit is a page, or
-/// in an MR of more than 2^30 pages the smallest power of two pages that makes it 2^30 at most.
+/// Ranges within it are counted in units, from the one that contains `start`. A unit is one page,
+/// or for more than 2^30 pages the smallest power of two of pages that gives at most 2^30 units.
 ///
 /// # Invariants
 ///
@@ -146,7 +146,7 @@ impl Region {
     pub(crate) fn event(&self, range: Range<usize>, reason: Reason) -> Option<Pending> {
         let shift = self.unit_shift();
         let base = self.start >> shift;
-        // Whole units, and so whole pages: pages change as a whole.
+        // Round to whole units, as pages change as a whole.
         let first = (range.start >> shift).max(base);
         let last = (range.end.saturating_sub(1) >> shift).min((self.end - 1) >> shift);
 

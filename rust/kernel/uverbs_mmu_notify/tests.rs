@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0 OR Linux-OpenIB
 
-//! KUnit tests. Those of the queue change real mappings, those of the state only compute.
+//! KUnit tests. The queue tests change real mappings; the state tests are pure computation.
+//!
+//! The guarantees G1 to G8 are listed in `tools/testing/selftests/rdma/uverbs_mmu_notify.h`.
 
 use super::{
     mm_of,
@@ -43,7 +45,7 @@ use kernel::{
 const UNMAPPED: u32 = Reason::Unmapped as u32;
 const MAYBE_STALE: u32 = Reason::MaybeStale as u32;
 
-/// Creates a queue for an address space of its own, which the thread of a test does not have.
+/// Attaches an address space to the test thread, which has none, and creates a queue for it.
 fn new_queue() -> Result<Arc<Queue>> {
     // SAFETY: Always safe to call in a thread of KUnit.
     to_result(unsafe { bindings::kunit_attach_mm() })?;
@@ -101,7 +103,7 @@ impl Map {
     }
 }
 
-/// A buffer that can be written up to a fault.
+/// A buffer that can be written up to a given point.
 struct Sink {
     events: KVec<Record>,
     /// How many events fit before the fault.
@@ -146,7 +148,7 @@ impl Buffer for Sink {
     }
 }
 
-/// A buffer whose pages others take away: of each so many copies only the last succeeds.
+/// A buffer that keeps losing its pages: only every `period`-th copy succeeds.
 struct Contended {
     period: u32,
     copies: u32,
@@ -195,7 +197,7 @@ fn generation(queue: &Queue) -> u64 {
     })
 }
 
-/// Starts to watch `pages` of `map`, but does not go live.
+/// Starts watching `pages` of `map`, but does not go live.
 fn start(
     queue: &Arc<Queue>,
     map: &Map,
@@ -227,7 +229,7 @@ fn watch(
 mod state {
     use super::*;
 
-    /// Returns what userspace reads of an invalidation of `range` in the region `mr`.
+    /// Returns what userspace reads after an invalidation of `range` in the region `mr`.
     fn record(mr: Range<usize>, range: Range<usize>) -> Option<Record> {
         let region = Region::new(mr)?;
         let event = region.event(range, Reason::Unmapped)?;
@@ -239,7 +241,7 @@ mod state {
         record(mr, range).map_or(0..0, |record| record.start as usize..record.end as usize)
     }
 
-    /// G7: what leaves the pinned pages mapped is not reported.
+    /// G7: Changes that leave the pinned pages mapped are not reported.
     #[test]
     fn reason_of_each_event() {
         let of = |event| Reason::of(event).map_or(0, |reason| reason as u32);
@@ -254,7 +256,7 @@ mod state {
         assert_eq!(of(Event::EXCLUSIVE), 0);
     }
 
-    /// G1: any part of the MR is enough, and nothing outside is reported.
+    /// G1: A change of any part of the MR is reported, clipped to the MR.
     #[test]
     fn clip_to_mr() {
         let mr = PAGE_SIZE + 0x100..5 * PAGE_SIZE + 0x200;
@@ -279,7 +281,7 @@ mod state {
         );
     }
 
-    /// G1: pages change as a whole.
+    /// G1: Pages change as a whole.
     #[test]
     fn round_to_pages() {
         let mr = PAGE_SIZE..5 * PAGE_SIZE;
@@ -306,7 +308,7 @@ mod state {
         assert!(Region::new(PAGE_SIZE..PAGE_SIZE).is_none());
     }
 
-    /// G4: a merged event has the covered span, and all reasons.
+    /// G4: A merged event has the range that covers both, and all reasons.
     #[test]
     fn merge_events() -> Result {
         let region = Region::new(PAGE_SIZE..9 * PAGE_SIZE).ok_or(EINVAL)?;
@@ -346,7 +348,7 @@ mod state {
 mod queue_and_watches {
     use super::*;
 
-    /// G2, G4: the generation advances once per event. Merging changes neither it nor the order.
+    /// G2, G4: The generation advances once per event. Merging changes neither it nor the order.
     #[test]
     fn fifo_by_first_event() -> Result {
         let queue = new_queue()?;
@@ -370,7 +372,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G1: a watch goes on after a delivery.
+    /// G1: A watch queues again after delivery.
     #[test]
     fn queued_again_after_delivery() -> Result {
         let queue = new_queue()?;
@@ -386,7 +388,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G3: what changes during the registration is queued when it is complete.
+    /// G3: A change during registration is queued by go_live().
     #[test]
     fn born_stale() -> Result {
         let queue = new_queue()?;
@@ -406,7 +408,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G3: a registration that fails delivers nothing.
+    /// G3: No event is queued for a registration that fails.
     #[test]
     fn failed_registration_is_quiet() -> Result {
         let queue = new_queue()?;
@@ -422,7 +424,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G4: more events than are copied at once.
+    /// G4: No event is lost if there are more than fit into a batch.
     #[test]
     fn more_than_a_batch() -> Result {
         const COUNT: usize = 40;
@@ -455,7 +457,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G4: an event that could not be copied is still there, and not counted.
+    /// G4: An event that could not be copied stays pending, and is not counted.
     #[test]
     fn fault_consumes_nothing() -> Result {
         let queue = new_queue()?;
@@ -475,7 +477,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G4: after a fault the event still merges.
+    /// G4: The event can still be merged into after a failed copy.
     #[test]
     fn merge_after_fault() -> Result {
         let queue = new_queue()?;
@@ -491,7 +493,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// A buffer that is faulted in 16 times in vain is given up. G4: the event is not.
+    /// G4: read() gives up after 16 fault-ins in a row; the event stays pending.
     #[test]
     fn faults_in_a_row_are_bounded() -> Result {
         let queue = new_queue()?;
@@ -529,7 +531,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G4: a signal ends a read() early, but loses nothing.
+    /// G4: A signal ends read() early; the other events stay pending.
     #[test]
     fn signal_after_progress() -> Result {
         const COUNT: usize = 20;
@@ -552,7 +554,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G8: dropping the registration is enough.
+    /// G8: Dropping the registration dequeues the watch.
     #[test]
     fn drop_dequeues() -> Result {
         let queue = new_queue()?;
@@ -565,7 +567,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G5: a pending event is dropped and not counted.
+    /// G5: A pending event is dropped and not counted.
     #[test]
     fn stop_dequeues() -> Result {
         let queue = new_queue()?;
@@ -582,7 +584,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G8: a closed queue delivers nothing. Its watches can still be stopped, also after release.
+    /// G8: A closed queue delivers nothing. Its watches can still be stopped, also after release.
     #[test]
     fn closed_queue() -> Result {
         let queue = new_queue()?;
@@ -609,7 +611,7 @@ mod queue_and_watches {
     }
 
     #[test]
-    fn refused_ranges() -> Result {
+    fn range_checks() -> Result {
         let queue = new_queue()?;
         let try_start = |range| {
             Watch::start(queue.as_arc_borrow(), mm_of(current!())?, range, 0).map(queue::stop)

@@ -2,8 +2,8 @@
 
 //! Tracepoints that show why a registration was invalidated.
 //!
-//! `include/trace/events/ib_uverbs_mmu_notify.h` describes their fields. All run without the lock
-//! of the queue, so those of different tasks may be out of order.
+//! `include/trace/events/ib_uverbs_mmu_notify.h` describes their fields. They are emitted without
+//! the lock of the queue, so those of different tasks can be out of order.
 
 use super::{
     queue::Queue,
@@ -60,7 +60,7 @@ pub(crate) fn start(queue: &Queue, cookie: u64, range: &Range<usize>) {
     unsafe { uverbs_mmu_notify_start(queue, cookie, range.start as u64, range.end as u64) }
 }
 
-/// An invalidation concerns a watch. `generation` is what it advanced the generation to, if it did.
+/// A watched range was invalidated. `generation` is the new value if this advanced it.
 #[inline]
 pub(crate) fn invalidate(
     queue: &Queue,
