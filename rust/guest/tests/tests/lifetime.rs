@@ -7,7 +7,7 @@ use rustix::{
     mm::MapFlags,
 };
 use std::{
-    mem,
+    fs, mem,
     os::fd::AsFd,
     sync::{
         Arc,
@@ -235,6 +235,31 @@ fn context_closed_with_an_event_pending() {
         expect_errno(read, Errno::IO, "read()");
         assert_eq!(fixture.queue.poll(NOW).unwrap(), PollFlags::ERR, "poll()");
     }
+}
+
+/// Interface: the page is not part of core dumps.
+#[test]
+fn page_is_not_dumped() {
+    let _fixture = Fixture::new();
+    let smaps = fs::read_to_string("/proc/self/smaps").expect("list the mappings");
+    let (_, page) = smaps.split_once("[infinibandmmunotify]").expect("the page");
+    let flags = page.lines().find(|line| line.starts_with("VmFlags:"));
+    let flags = flags.expect("its flags");
+    assert!(flags.split(' ').any(|flag| flag == "dd"), "{flags}");
+}
+
+/// G8: the page is freed with the file and its mappings, although a region is watched.
+#[test]
+fn page_is_freed_with_the_file() {
+    let fixture = Fixture::new();
+    let pages = counter_pages();
+    let map = Map::new(1);
+    let mut mr = fixture.watch(map, 0..1, 7);
+    let Fixture { queue, page, .. } = fixture;
+    drop((queue, page));
+    assert_eq!(counter_pages(), pages - 1, "counter pages");
+    map.map_over(0..1);
+    assert_eq!(mr.destroy().unwrap(), 0, "events reported");
 }
 
 /// Interface: the FD is close-on-exec.

@@ -381,6 +381,21 @@ fn epoll_is_woken() {
     assert_eq!(waiter.join(), Some(EventFlags::IN), "after the change");
 }
 
+/// Interface: a pending signal interrupts the creation of the first FD of a process. It is
+/// restarted.
+#[test]
+fn creation_is_restarted() {
+    let child = Child::fork(|| {
+        let pd = open();
+        stop_traced();
+        NotifyQueue::alloc(pd.context()).expect("make a queue");
+        0
+    });
+    child.wait_stopped();
+    child.interrupt(libc::SYS_ioctl);
+    assert_eq!(child.wait(), Exit::Code(0), "the child");
+}
+
 /// Interface: a pending signal does not interrupt REG_MR, not even the first one of a
 /// process.
 #[test]

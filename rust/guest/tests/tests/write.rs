@@ -349,6 +349,80 @@ fn lengths() {
     }
 }
 
+/// Interface: CREATE without room for its response creates no FD.
+#[test]
+fn create_without_response() {
+    for form in FORMS {
+        let fixture = Fixture::new();
+        let pages = counter_pages();
+        let command = IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY;
+        let input = bytes(&ib_uverbs_ex_create_mmu_notify::default());
+        let full = size_of::<ib_uverbs_ex_create_mmu_notify_resp>();
+        let mut response = [0_u8; 64];
+        for room in [0, full - 8] {
+            let response = response.as_mut_ptr();
+            let result = send(form, &fixture.context, command, &input, response, room);
+            expect_errno(result, Errno::NOSPC, "CREATE");
+        }
+        assert_eq!(counter_pages(), pages, "queues, after CREATE failed");
+    }
+}
+
+/// G8: CREATE leaves nothing, whichever of its allocations fails.
+#[test]
+fn create_without_memory() {
+    for form in FORMS {
+        let fixture = Fixture::new();
+        let pages = counter_pages();
+        let (fail, mut failures) = (FailAllocation::new(), 0);
+        for nth in 1.. {
+            let (made, failed) = fail.at(nth, || create(form, &fixture.context));
+            match made {
+                Ok(_) if !failed => break,
+                Ok(_) => (), // it went on without
+                made => {
+                    expect_errno(made.map(drop), Errno::NOMEM, "CREATE");
+                    failures += 1;
+                }
+            }
+            assert_eq!(counter_pages(), pages, "queues");
+        }
+        assert!(failures > 3, "CREATEs that failed: {failures}");
+    }
+}
+
+/// G1: events have the addresses of the process, not those of the device.
+#[test]
+fn another_iova() {
+    for form in FORMS {
+        let fixture = Fixture::new();
+        let map = Map::new(2);
+        let mut input = reg_input(&fixture, &fixture.queue, map, 0..2);
+        input.hca_va = 1 << 40;
+        let mr = reg_mr(form, &fixture, &input).expect("register");
+        map.unmap(0..1);
+        fixture.expect(&[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
+        assert_eq!(dereg_mr(form, &fixture, mr.mr_handle).unwrap(), 1);
+    }
+}
+
+/// G3: G8: a registration that fails in the driver reports nothing and leaves nothing.
+#[test]
+fn memory_that_cannot_be_pinned() {
+    for form in FORMS {
+        let watches = Watches::new();
+        let fixture = Fixture::new();
+        let map = Map::new(2);
+        map.unmap(1..2);
+        let input = reg_input(&fixture, &fixture.queue, map, 0..2);
+        expect_errno(reg_mr(form, &fixture, &input), Errno::FAULT, "REG");
+        watches.expect_stopped(1);
+        expect_no_regions();
+        map.unmap(0..1);
+        fixture.expect_quiet(0, "the registration that failed");
+    }
+}
+
 /// G3: a response that faults undoes the command. Nothing is reported, even if the region
 /// was born stale.
 #[test]
