@@ -12,16 +12,16 @@ struct page;
 struct poll_table_struct;
 
 /*
- * The core of MMU notification, uverbs_mmu_notify.rs, which describes how the
- * parts work together.
+ * The core of MMU notification. uverbs_mmu_notify.rs describes how its parts
+ * work together.
  *
  * A queue collects events and backs one notification FD. It is reference
- * counted, and each watch owns a reference. It belongs to the address space in
- * which it was created: no other can be watched, or can read.
+ * counted, and each watch owns a reference. It is bound to the address space of
+ * its creator: only this one can be watched, and only its tasks can read.
  *
- * A watch observes the mapping of one MR, whose uobject owns it. It sees each
- * change of the mapping that begins after ib_uverbs_mmu_watch_start() has
- * returned, and queues events once ib_uverbs_mmu_watch_go_live() was called.
+ * A watch is owned by the uobject of one MR. It records each change of the
+ * mapping that begins after ib_uverbs_mmu_watch_start() has returned, and
+ * queues events once ib_uverbs_mmu_watch_go_live() has been called.
  *
  * Unless noted otherwise the functions are for process context and may sleep.
  */
@@ -41,26 +41,27 @@ struct ib_uverbs_mmu_queue *ib_uverbs_mmu_queue_alloc(void);
 void ib_uverbs_mmu_queue_get(struct ib_uverbs_mmu_queue *queue);
 
 /*
- * Close the queue and put a reference. Closing it wakes readers, advances the
- * generation a last time, and ends delivery. Idempotent.
+ * Close the queue and put a reference. Closing wakes readers, advances the
+ * generation one last time, and ends delivery. It is idempotent; the reference
+ * is put on every call.
  */
 void ib_uverbs_mmu_queue_close_put(struct ib_uverbs_mmu_queue *queue);
 
 /*
- * Close the queue, free its page, and put a reference. For the release of the
- * file, after which there is no mapping.
+ * Close the queue, free its page, and put a reference. Called on release of the
+ * file, when no mapping of the page is left.
  */
 void ib_uverbs_mmu_queue_release_put(struct ib_uverbs_mmu_queue *queue);
 
 /*
  * Implement read_iter(): copy events to @to.
  *
- * Return: the number of bytes, whole events and at least one. It does not tell
- * whether more events are pending. Or an error, which means that no event was
- * removed: -EPERM in another address space; -EINVAL if no event fits; -EIO if
- * the queue is closed; -EAGAIN if no event is pending and @nonblock;
- * -ERESTARTSYS if a signal ended the wait for an event; -EFAULT; -EINTR if the
- * task is being killed.
+ * Return: the number of bytes copied, at least one event and only whole ones.
+ * A short count does not mean that the queue is empty. Or an error, and no
+ * event was consumed: -EPERM in another address space; -EINVAL if no event
+ * fits; -EIO if the queue is closed; -EAGAIN if no event is pending and
+ * @nonblock; -ERESTARTSYS if a signal ended the wait for an event; -EFAULT;
+ * -EINTR if the task is being killed.
  */
 ssize_t ib_uverbs_mmu_queue_read(struct ib_uverbs_mmu_queue *queue,
 				 struct iov_iter *to, bool nonblock);
@@ -74,21 +75,20 @@ __poll_t ib_uverbs_mmu_queue_poll(struct ib_uverbs_mmu_queue *queue,
 				  struct poll_table_struct *wait);
 
 /*
- * Return the page with the generation, which stays until the file is released,
- * and NULL after that.
+ * Return the generation page, or NULL after ib_uverbs_mmu_queue_release_put().
  */
 struct page *ib_uverbs_mmu_queue_page(struct ib_uverbs_mmu_queue *queue);
 
 #if IS_ENABLED(CONFIG_INFINIBAND_USER_MMU_NOTIFY)
 /*
- * Observe the mapping of @length bytes at @start, an untagged address, in the
- * current address space, for an MR that is about to be created.
+ * Start watching the mapping of @length bytes at @start, an untagged address,
+ * in the current address space, for an MR that is about to be created.
  *
- * Waits, uninterruptibly, for all invalidations that are running in this
- * address space, so that pages pinned afterwards either stay mapped or are
- * reported. mmap_lock must not be held.
+ * Waits uninterruptibly for the running invalidations of the address space.
+ * Every change after the pages are pinned is reported. mmap_lock must not be
+ * held.
  *
- * Return: the watch, which the caller has to stop, or an ERR_PTR: -EPERM in
+ * Return: the watch, which the caller must stop, or an ERR_PTR: -EPERM in
  * another address space than the creator's; -EINVAL if @length is zero or the
  * range wraps around; -EIO if the queue is closed; -ENOMEM.
  */
@@ -97,19 +97,20 @@ ib_uverbs_mmu_watch_start(struct ib_uverbs_mmu_queue *queue, u64 start,
 			  u64 length, u64 cookie);
 
 /*
- * Queue events from now on, first of all for what was seen since the watch was
- * started. Does not sleep.
+ * Start queueing events. What was recorded since ib_uverbs_mmu_watch_start() is
+ * queued at once. Does not sleep.
  */
 void ib_uverbs_mmu_watch_go_live(struct ib_uverbs_mmu_watch *watch);
 
 /*
  * Stop a watch and free it. A pending event is dropped and not counted.
  *
- * Waits, uninterruptibly, for all invalidations that are running in the address
- * space. No lock may be held that is held around an invalidation.
+ * Waits uninterruptibly for the running invalidations of the address space. The
+ * caller must not hold a lock that is also held across an invalidation, such as
+ * mmap_lock.
  *
- * Return: how many of its events were delivered, modulo 2^32. None is delivered
- * after the return.
+ * Return: the number of its events that were delivered, modulo 2^32. None is
+ * delivered after the return.
  */
 u32 ib_uverbs_mmu_watch_stop(struct ib_uverbs_mmu_watch *watch);
 #else

@@ -25,7 +25,7 @@ int uverbs_mmu_notify_init_uobj(struct ib_uobject *uobj)
 	if (IS_ERR(queue)) {
 		int ret = PTR_ERR(queue);
 
-		/* mmu_notifier_register() does not say that it can be restarted */
+		/* mmu_interval_notifier_prepare() returns -EINTR for signals */
 		return ret == -EINTR ? -ERESTARTSYS : ret;
 	}
 
@@ -116,9 +116,9 @@ static int uverbs_mmu_notify_mmap_prepare(struct vm_area_desc *desc)
 
 	vma_desc_set_flags(desc, VMA_DONTCOPY_BIT, VMA_DONTEXPAND_BIT,
 			   VMA_DONTDUMP_BIT);
-	/* Not mapped here: MADV_DONTNEED would unmap the page for good */
+	/* Map on fault, so that the page comes back after MADV_DONTNEED */
 	desc->vm_ops = &uverbs_mmu_notify_vm_ops;
-	/* Stays until the file is released, which the mapping delays */
+	/* Freed on release of the file, which the mapping keeps open */
 	desc->private_data = ib_uverbs_mmu_queue_page(file->queue);
 	return 0;
 }
