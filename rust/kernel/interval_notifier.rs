@@ -473,17 +473,37 @@ unsafe impl<T: IntervalNotifierCallback> ForeignOwnable for Registration<T> {
     }
 }
 
-/// Sets up the notifier tree of `mm`, so that [`Registration::insert`] does not need to.
+/// Sets up the notifier tree of `mm`, so that [`Registration::insert`] need not.
 ///
-/// The tree stays as long as the `mm_struct`. Does not wait for invalidations, unlike inserting and
-/// dropping a registration. Fails with `EINTR` if a signal is pending, and with `ENOMEM`.
+/// The tree stays until the address space is torn down. Unlike inserting and removing a notifier,
+/// this does not wait for invalidations. Fails with `EINTR` if a signal is pending, and with
+/// `ENOMEM`.
 ///
 /// # Context
 ///
 /// Process context, may sleep. `mmap_lock` of `mm` must not be held.
 pub fn prepare(mm: &MmWithUser) -> Result {
-    // SAFETY: `mm_users` is not zero by the type invariants of `MmWithUser`.
-    to_result(unsafe { bindings::mmu_interval_notifier_prepare(mm.as_raw()) })
+    const OPS: &bindings::mmu_interval_notifier_ops = &bindings::mmu_interval_notifier_ops {
+        invalidate: None,
+        invalidate_start: None,
+        invalidate_finish: None,
+    };
+    let notifier = Opaque::uninit();
+
+    // The range is empty: the function sets up the tree if there is none, and then refuses to
+    // insert the notifier.
+    //
+    // SAFETY:
+    // - `notifier` is valid for writes, and is not inserted.
+    // - `mm_users` is not zero by the type invariants of `MmWithUser`.
+    // - `OPS` is static.
+    let result =
+        unsafe { bindings::mmu_interval_notifier_insert(notifier.get(), mm.as_raw(), 0, 0, OPS) };
+
+    match to_result(result) {
+        Err(EOVERFLOW) => Ok(()),
+        result => result,
+    }
 }
 
 #[cfg(CONFIG_RUST_MM_INTERVAL_NOTIFIER_KUNIT_TEST)]
