@@ -8,14 +8,14 @@
  *  G1  nothing missed: a change that can make a live MR stale is reported
  *  G2  in time: when the changing call returns, the generation has advanced, or an
  *      event that covers the change is pending
- *  G3  no gap at birth: a change that races with the registration was complete
- *      before the pin, or is reported; a failed registration reports nothing
+ *  G3  registration: a change during registration is complete before the pin or is
+ *      reported; a failed registration queues no event
  *  G4  nothing lost: later changes merge into the pending event of the MR; a read()
- *      that fails consumes nothing
+ *      that fails consumes no event
  *  G5  exact count: deregistration returns how many events were delivered, and none
  *      is delivered afterwards
  *  G6  bounded waits: no wake-up is lost
- *  G7  quiet by event type: changes of protection and the like report nothing
+ *  G7  quiet: changes of protection and similar events are not reported
  *  G8  lifetimes: any order of close, exit, exec and fork is safe
  *
  * "Interface" marks a test of a call itself.
@@ -55,7 +55,7 @@ static inline bool on_siw(void)
 	return driver && !strcmp(driver, "siw");
 }
 
-/* A method call, built attribute by attribute. */
+/* An ioctl() method call with its attributes. */
 struct call {
 	union {
 		struct ib_uverbs_ioctl_hdr hdr;
@@ -110,7 +110,7 @@ static inline int call_make(struct call *call, int fd)
 	return ioctl(fd, RDMA_VERBS_IOCTL, call) ? -errno : 0;
 }
 
-/* A write() command, by the ioctl() that wraps it. */
+/* A write() command, issued with INVOKE_WRITE. */
 static inline int command(int fd, uint32_t cmd, const void *in, size_t in_len,
 			  void *out, size_t out_len)
 {
@@ -291,8 +291,8 @@ static inline int events_read(const struct notify *notify,
 }
 
 /*
- * Read until EAGAIN, which alone says that no event is left. Returns the number
- * of events or -errno. There must be room for one more than are expected.
+ * Read until EAGAIN: a short count does not mean that the queue is empty. Returns
+ * the number of events or -errno. Pass room for one event more than expected.
  */
 static inline int events_drain(const struct notify *notify,
 			       struct ib_uverbs_mmu_notify_event *events,
@@ -320,7 +320,7 @@ static inline int events_drain(const struct notify *notify,
 	EXPECT_EQ(-EAGAIN, events_read(_quiet, &_event, 1));	\
 } while (0)
 
-/* A pin moves pages out of ZONE_MOVABLE and CMA. Let that happen in advance. */
+/* Register once, so that pages leave ZONE_MOVABLE and CMA before the test. */
 static inline int mr_settle(int ctx, struct mr mr)
 {
 	struct call call;
@@ -339,7 +339,7 @@ static inline void *pages_map(struct __test_metadata *_metadata,
 			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	ASSERT_NE(MAP_FAILED, addr);
-	/* An invalidation of a huge page would cover its other pages, too. */
+	/* An invalidation of a huge page would also cover its other pages. */
 	madvise(addr, len, MADV_NOHUGEPAGE);
 	memset(addr, 0x5a, len);
 	ASSERT_EQ(0, mr_settle(notify->ctx, mr_of(notify, addr, len)));
@@ -458,7 +458,7 @@ static inline int notify_main(int argc, char **argv)
 		ksft_exit_skip("UVERBS_DEV is not set: run uverbs_mmu_notify.sh\n");
 	ctx = context_open(&core_support);
 	if (ctx < 0)
-		ksft_exit_fail_msg("no context of %s: %s\n",
+		ksft_exit_fail_msg("cannot open %s: %s\n",
 				   getenv("UVERBS_DEV"), strerror(-ctx));
 	close(ctx);
 	if (!(core_support & IB_UVERBS_CORE_SUPPORT_MMU_NOTIFY))

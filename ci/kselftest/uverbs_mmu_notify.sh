@@ -3,11 +3,11 @@
 #
 # Test MMU notification of RDMA memory regions, on a soft-RoCE device (soft-iWARP
 # with UVERBS_DRIVER=siw in the environment), and with a file system on /dev/ram0
-# if that is unused. A few pages of memory are poisoned and stay out of use until
-# the next boot. With TEST_POISON_HUGE in the environment, pages of huge pages are
-# poisoned, too: they can be reallocated, and a process that touches one is killed,
-# so use that only if the machine is shut down after the test. The arguments are
-# passed to the programs, see -h.
+# if that is unused. A few pages are poisoned and unusable until reboot. With
+# TEST_POISON_HUGE in the environment, huge pages are also poisoned: a poisoned
+# subpage can be reallocated, and kills a process that touches it, so use that only
+# if the machine is shut down after the test. The arguments are passed to the
+# programs, see -h.
 
 DIR=$(cd "$(dirname "$0")" && pwd)
 source "$DIR/../kselftest/ktap_helpers.sh"
@@ -53,8 +53,8 @@ cleanup()
 	done
 }
 
-# Load a module unless it is there, and remember to unload it. No such module is no
-# error: it may be built in.
+# Load a module unless it is there, and remember to unload it. A missing module is
+# not an error: it may be built in.
 load()
 {
 	[ -e "/sys/module/$1" ] && return

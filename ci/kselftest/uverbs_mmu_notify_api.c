@@ -82,7 +82,7 @@ FIXTURE_TEARDOWN(api)
 	EXPECT_QUIET(&self->notify);					\
 } while (0)
 
-/* Interface: The support bit is set in addition to the others. */
+/* Interface: GET_CONTEXT returns the support bit, and keeps the others. */
 TEST_F(api, core_support)
 {
 	uint64_t core_support = 0;
@@ -237,7 +237,7 @@ TEST_F(api, on_demand_paging)
 	EXPECT_REFUSED(-EOPNOTSUPP, &mr, self->notify.fd);
 }
 
-/* G3: A registration that fails in the driver reports nothing. */
+/* G3: No event for a registration that fails in the driver. */
 TEST_F(api, memory_that_cannot_be_pinned)
 {
 	struct mr mr = MR(0, 2);
@@ -248,7 +248,7 @@ TEST_F(api, memory_that_cannot_be_pinned)
 	EXPECT_QUIET(&self->notify);
 }
 
-/* G3: Nor does one that fails after the pin, even if the MR was born stale. */
+/* G3: No event for one that fails after the pin, even if the MR was born stale. */
 TEST_F(api, response_that_faults)
 {
 	char *zero = mmap(NULL, self->page, PROT_READ | PROT_WRITE,
@@ -394,8 +394,8 @@ TEST_F(api, failed_registrations)
  * Events
  */
 
-/* G1: The span is clipped to the MR, which need not be page-aligned. */
-TEST_F(api, span_within_a_page)
+/* G1: The range is clipped to the MR, which need not be page-aligned. */
+TEST_F(api, clip_to_unaligned_mr)
 {
 	char *start = PAGE(0) + 100, *end = PAGE(2) + 200;
 	struct mr mr = mr_of(&self->notify, start, end - start);
@@ -407,8 +407,8 @@ TEST_F(api, span_within_a_page)
 	EXPECT_EVENT(&self->notify, COOKIE, start, PAGE(2), UNMAPPED);
 }
 
-/* G1: Events have CPU addresses. */
-TEST_F(api, another_iova)
+/* G1: Events have CPU addresses, not iovas. */
+TEST_F(api, events_have_cpu_addresses)
 {
 	struct mr mr = MR(1, 2);
 	struct call call;
@@ -495,7 +495,7 @@ TEST_F(api, merge_keeps_generation)
 }
 
 /* G5: Deregistration drops a pending event and does not count it. */
-TEST_F(api, count)
+TEST_F(api, pending_event_not_counted)
 {
 	struct mr unread = WATCH(0, 1, 1), quiet = WATCH(1, 1, 2);
 
@@ -543,7 +543,7 @@ TEST_F(api, destroy_without_count)
 	EXPECT_QUIET(&self->notify);
 }
 
-/* G5: The write() command that predates MR_DESTROY stops the watch, too. */
+/* G5: The write() command that predates MR_DESTROY also stops the watch. */
 TEST_F(api, dereg_by_command)
 {
 	struct mr mr = WATCH(0, 2, COOKIE);
@@ -558,7 +558,7 @@ TEST_F(api, dereg_by_command)
 }
 
 /* Interface: REG_MR sets what QUERY_MR returns, watched or not. */
-TEST_F(api, query)
+TEST_F(api, query_mr)
 {
 	struct mr plain = MR(1, 2), mrs[] = { WATCH(0, 2, COOKIE), plain };
 	struct call call;
@@ -811,7 +811,7 @@ TEST_F(born_stale, registered)
  * read()
  */
 
-/* Registers MRs of eight bytes, each its index as the cookie, and unmaps all. */
+/* Registers eight-byte MRs, with the index as cookie, and unmaps them. */
 static void invalidate(struct __test_metadata *_metadata, struct notify *notify,
 		       struct mr *mrs, int count)
 {
@@ -827,8 +827,8 @@ static void invalidate(struct __test_metadata *_metadata, struct notify *notify,
 }
 
 /*
- * Each of @mrs has exactly one event. The first @read are at @events, the others
- * pending. The generation increases from event to event. The counts agree.
+ * Check that each MR has one event: @read of them in @events, in order of
+ * generation, the others pending; and that MR_DESTROY returns matching counts.
  */
 static void expect_all(struct __test_metadata *_metadata, struct notify *notify,
 		       const void *events, int read, struct mr *mrs, int count)
@@ -856,7 +856,7 @@ static void expect_all(struct __test_metadata *_metadata, struct notify *notify,
 #define EXPECT_ALL(events, read, mrs, count) \
 	expect_all(_metadata, &self->notify, events, read, mrs, count)
 
-/* Interface: EAGAIN says that no event is pending. */
+/* Interface: EAGAIN means that no event is pending. */
 TEST_F(api, read_empty)
 {
 	struct ib_uverbs_mmu_notify_event e[2];
@@ -1118,8 +1118,7 @@ TEST_F(api, io_uring_read)
 }
 
 /*
- * Two pages of which one is always missing: while one is faulted in, a thread removes
- * the other.
+ * A buffer of two pages. When one is faulted in, a thread drops the other.
  */
 struct unstable {
 	int uffd;
@@ -1161,8 +1160,8 @@ static void ignore_signal(int sig)
 }
 
 /*
- * G4: If the buffer can be faulted in again and again but never written, read() fails
- * with EFAULT. It does not wait, so a signal does not end it.
+ * G4: If the buffer can be faulted in but never written, read() gives up with EFAULT.
+ * Signals do not interrupt it.
  */
 TEST_F(api, read_buffer_unstable)
 {
@@ -1211,7 +1210,7 @@ TEST_F(api, read_buffer_not_populated)
 	EXPECT_ALL(buffer, count, mrs, count);
 }
 
-/* Interface: The FD can be neither written nor positioned. */
+/* Interface: write() and lseek() of the FD fail. */
 TEST_F(api, no_write_and_no_position)
 {
 	struct mr mr[1];
@@ -1228,8 +1227,8 @@ TEST_F(api, no_write_and_no_position)
 
 /*
  * The second page of the buffer can never be written, so read() returns a short count
- * while events are pending. A reader that takes a short count for an empty queue then
- * trusts stale entries.
+ * while events are pending. A reader that treats a short count as an empty queue
+ * would use stale entries.
  */
 
 #define SHORT_MRS	40
@@ -1245,11 +1244,11 @@ FIXTURE(short_count)
 
 FIXTURE_VARIANT(short_count)
 {
-	enum { INACCESSIBLE, BEHIND_EOF, POISONED } page;
+	enum { INACCESSIBLE, BEYOND_EOF, POISONED } page;
 };
 
 FIXTURE_VARIANT_ADD(short_count, inaccessible) { .page = INACCESSIBLE };
-FIXTURE_VARIANT_ADD(short_count, behind_eof) { .page = BEHIND_EOF };
+FIXTURE_VARIANT_ADD(short_count, beyond_eof) { .page = BEYOND_EOF };
 FIXTURE_VARIANT_ADD(short_count, poisoned) { .page = POISONED };
 
 /* Returns 0 or -errno. */
@@ -1272,7 +1271,7 @@ FIXTURE_SETUP(short_count)
 	int fd = -1, ret;
 	char *map;
 
-	if (variant->page == BEHIND_EOF) {
+	if (variant->page == BEYOND_EOF) {
 		fd = memfd_create("uverbs_mmu_notify", 0);
 		ASSERT_LE(0, fd);
 		ASSERT_EQ(0, ftruncate(fd, page));
@@ -1297,7 +1296,7 @@ FIXTURE_TEARDOWN(short_count)
 	notify_close(&self->notify);
 }
 
-/* A cache: its stale entries, as of a generation. */
+/* A cache: the events seen per entry, and the applied generation. */
 struct cache {
 	int seen[SHORT_MRS];	/* events of each entry */
 	uint64_t applied;
@@ -1332,7 +1331,7 @@ static int cache_update(struct cache *cache, const struct notify *notify,
 	return 0;
 }
 
-/* How many entries are not marked, although all are stale. */
+/* Returns how many entries are not marked, although all are stale. */
 static int cache_missed(const struct cache *cache)
 {
 	int i, missed = 0;
@@ -1343,7 +1342,7 @@ static int cache_missed(const struct cache *cache)
 }
 
 /* G4: A reader that stops at a short count publishes too early. */
-TEST_F(short_count, is_not_the_end)
+TEST_F(short_count, stop_at_short_count)
 {
 	struct pollfd fd = { .fd = self->notify.fd, .events = POLLIN };
 	struct cache cache = {};
@@ -1552,7 +1551,7 @@ TEST_F(api, end_of_context_wakes_all)
 	expect_woken(_metadata, &sleepers[3], POLLERR);
 }
 
-/* G6: There is an edge when the first event becomes pending, and only then. */
+/* G6: The first pending event raises an edge; an event that merges does not. */
 TEST_F(api, epoll_edge)
 {
 	struct epoll_event want = { .events = EPOLLIN | EPOLLET }, got;

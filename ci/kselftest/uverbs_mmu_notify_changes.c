@@ -8,18 +8,18 @@
  *   # row <row> / <memory>: quiet[ (<error>)], <verdict>
  *   # row <row> / <memory>: skipped (<why>)
  *
- * A row is "judged" if the call alone determines the outcome: either the change can
- * make the MR stale and must be reported, or it cannot and must be quiet. Otherwise
- * an event may be a false alarm, and is "logged". In both cases an event must be
- * within the MR and have advanced the generation. Pages without an event must still
- * be mapped, according to /proc/self/pagemap, so a quiet row is always judged.
- * Reported pages are "kept" if they are still mapped, otherwise "lost". A test
- * without a judged row skips. The last line is:
+ * A row is "checked" if the outcome is certain: the change makes the MR stale and
+ * must be reported, or it must not be reported. Otherwise the outcome is only
+ * "logged". In both cases an event must be within the MR and have advanced the
+ * generation. Pages without an event must still be mapped, according to
+ * /proc/self/pagemap, so a quiet row is always checked. Reported pages are "kept" if
+ * they are still mapped, otherwise "lost". A test without a checked row skips. The
+ * last line is:
  *
- *   # rows: judged <n>, logged <n>, skipped <n>
+ *   # rows: checked <n>, logged <n>, skipped <n>
  *
- * Not covered, because nothing makes them happen reliably: a mremap() that fails
- * after it began to move; a race that khugepaged loses; the OOM reaper, which does
+ * Not covered, because nothing triggers them reliably: a mremap() that fails after
+ * it began to move; a race that khugepaged loses; the OOM reaper, which does
  * the same as process_mrelease(); reclaim of a page in the swap cache.
  */
 #include <linux/fs.h>
@@ -104,7 +104,7 @@ struct row {
 	uint64_t *pages;	/* of the MR, see pages_track() */
 	size_t nr_pages;
 	int events;	/* delivered */
-	int judged, logged;
+	int checked, logged;
 	/* The last event, if row_read() has found one */
 	unsigned int reasons;
 	uint64_t start, end;
@@ -112,10 +112,10 @@ struct row {
 
 /* The totals, of all processes. */
 static struct {
-	unsigned int judged, logged, skipped;
+	unsigned int checked, logged, skipped;
 } *totals;
 
-enum verdict { JUDGED, LOGGED };
+enum verdict { CHECKED, LOGGED };
 
 #define AT(n)		(row->map + (long)(n) * (long)row->unit)
 #define LEN(n)		((n) * row->unit)
@@ -126,7 +126,7 @@ static bool is_hugetlb(const struct row *row)
 	return row->memory == &hugetlb || row->memory == &hugetlb_shared;
 }
 
-/* The page frame of a page, and whether it is present, of a pagemap entry. */
+/* Page frame number and present bit of a pagemap entry. */
 static const uint64_t pagemap_same = 1ULL << 63 | ((1ULL << 55) - 1);
 
 static bool pagemap_read(uint64_t addr, uint64_t *entries, size_t count)
@@ -141,8 +141,8 @@ static bool pagemap_read(uint64_t addr, uint64_t *entries, size_t count)
 }
 
 /*
- * Remember the pages of the MR. The entry of a reported page is zero, as nothing more
- * is promised for it.
+ * Remember the pages of the MR. Entries of reported pages are zeroed: they may change
+ * without another event.
  */
 static void pages_track(struct row *row)
 {
@@ -161,7 +161,7 @@ static void pages_track(struct row *row)
 	}
 }
 
-/* Whether the pages of a part of the MR are still mapped, unless reported before. */
+/* Returns whether the unreported pages of the range are still mapped. */
 static bool pages_kept(const struct row *row, uint64_t start, uint64_t end)
 {
 	const uint64_t page = getpagesize(), first = row->mr.addr / page;
@@ -187,7 +187,7 @@ static void pages_forget(struct row *row, uint64_t start, uint64_t end)
 		row->pages[i] = 0;
 }
 
-/* Read what has been reported since the last row, check it, and print the row. */
+/* Read the events since the last row, check them, and print the row. */
 static void row_read(struct __test_metadata *_metadata, struct row *row,
 		     const char *name, enum verdict verdict, int err)
 {
@@ -201,7 +201,7 @@ static void row_read(struct __test_metadata *_metadata, struct row *row,
 	printf("# row %s / %s: ", name, row->memory->name);
 	if (!events) {
 		printf("quiet");
-		verdict = JUDGED;
+		verdict = CHECKED;
 	} else {
 		ASSERT_EQ(1, events);
 		row->events++;
@@ -227,15 +227,15 @@ static void row_read(struct __test_metadata *_metadata, struct row *row,
 	}
 	if (err)
 		printf(" (%s)", strerror(err));
-	printf(", %s\n", verdict == JUDGED ? "judged" : "logged");
+	printf(", %s\n", verdict == CHECKED ? "checked" : "logged");
 	fflush(stdout);
 	EXPECT_TRUE(pages_kept(row, row->mr.addr,
 			       row->mr.addr + row->mr.length)) {
 		TH_LOG("%s: a page was lost without an event", name);
 	}
-	row->judged += verdict == JUDGED;
+	row->checked += verdict == CHECKED;
 	row->logged += verdict == LOGGED;
-	__atomic_fetch_add(verdict == JUDGED ? &totals->judged : &totals->logged,
+	__atomic_fetch_add(verdict == CHECKED ? &totals->checked : &totals->logged,
 			   1, __ATOMIC_RELAXED);
 }
 
@@ -257,8 +257,8 @@ static void row_skipped(const char *name, const struct memory *memory,
 } while (0)
 
 /*
- * A row that may be a false alarm. @ret is the result of the call. A call that
- * failed may have begun, unless it does not apply to this memory.
+ * A row whose event may be a false alarm. @ret is the result of the call; EINVAL and
+ * EOPNOTSUPP mean that it does not apply to this memory.
  */
 #define ROW_LOGGED(name, ret) do {					\
 	int _err = (ret) < 0 ? errno : 0;				\
@@ -273,14 +273,14 @@ static void row_skipped(const char *name, const struct memory *memory,
 #define LOGGED(ret)	ROW_LOGGED(_metadata->name, ret)
 
 #define ROW_QUIET(name) do {						\
-	row_read(_metadata, row, name, JUDGED, 0);			\
+	row_read(_metadata, row, name, CHECKED, 0);			\
 	EXPECT_EQ(0, row->reasons);					\
 } while (0)
 
 #define QUIET()		ROW_QUIET(_metadata->name)
 
 #define ROW_REPORTED(name, _reasons, from, to) do {			\
-	row_read(_metadata, row, name, JUDGED, 0);			\
+	row_read(_metadata, row, name, CHECKED, 0);			\
 	EXPECT_EQ(_reasons, row->reasons);				\
 	EXPECT_EQ((uintptr_t)AT(from), row->start);			\
 	EXPECT_EQ((uintptr_t)AT(to), row->end);				\
@@ -348,7 +348,7 @@ static long long huge_bytes(char *addr, size_t len)
 	return n < 0 ? -1 : bytes;
 }
 
-/* An aligned and unmapped range of @units, and as many behind it. */
+/* An aligned unmapped range of 2 * @units. */
 static char *find_room(const struct row *row, int units)
 {
 	size_t len = LEN(2 * units) + HUGE_2M;
@@ -432,7 +432,7 @@ static void row_map(struct __test_metadata *_metadata, struct row *row,
 	if (memory->file == MEMFD) {
 		row->fd = memfd_create("uverbs_mmu_notify", memory->memfd_flags);
 		if (row->fd < 0)
-			ROW_SKIP(return, "no such memfd: %s", strerror(errno));
+			ROW_SKIP(return, "memfd_create: %s", strerror(errno));
 		ASSERT_EQ(0, ftruncate(row->fd, LEN(UNITS)));
 	} else if (memory->file == DISK) {
 		row->fd = disk_file(LEN(UNITS));
@@ -467,14 +467,14 @@ static void row_teardown(struct __test_metadata *_metadata, struct row *row)
 	if (row->mr.length)
 		EXPECT_EQ(row->events, mr_destroy(row->notify.ctx, &row->mr));
 	notify_close(&row->notify);
-	if (_metadata->exit_code || row->judged)
+	if (_metadata->exit_code || row->checked)
 		return;
 	if (row->logged)
-		SKIP(return, "logged, not judged");
+		SKIP(return, "logged only");
 	SKIP(return, "does not apply to this memory");
 }
 
-/* A child that waits for child_finish(), or for its parent's end. */
+/* A child that waits for child_finish(), or for the end of its parent. */
 struct child {
 	pid_t pid;
 	int go;
@@ -549,7 +549,7 @@ TEST_F(any_memory, munmap)
 	REPORTED(UNMAPPED, FROM, TO);
 }
 
-/* G1: Parts of the MR. G7: munmap() next to the MR is quiet. */
+/* G1: munmap() of parts of the MR. G7: munmap() next to the MR is quiet. */
 TEST_F(any_memory, munmap_parts)
 {
 	struct row *row = &self->row;
@@ -565,7 +565,7 @@ TEST_F(any_memory, munmap_parts)
 	ROW_REPORTED("munmap_tail", UNMAPPED, 3, 4);
 }
 
-/* G1: The span is clipped to the MR. */
+/* G1: The range is clipped to the MR. */
 TEST_F(any_memory, munmap_beyond_both_ends)
 {
 	struct row *row = &self->row;
@@ -596,7 +596,7 @@ TEST_F(any_memory, mmap_over)
 	REPORTED(UNMAPPED, 2, 3);
 }
 
-/* G1: mremap() of the MR. hugetlb has an invalidation of its own for this. */
+/* G1: mremap() of the MR. hugetlb invalidates the range once more. */
 TEST_F(any_memory, mremap_move)
 {
 	struct row *row = &self->row;
@@ -607,7 +607,7 @@ TEST_F(any_memory, mremap_move)
 	REPORTED(is_hugetlb(row) ? UNMAPPED | MAYBE_STALE : UNMAPPED, 2, 4);
 }
 
-/* G1: mremap() that cuts off a part of the MR. */
+/* G1: mremap() that unmaps the end of the MR. */
 TEST_F(any_memory, mremap_shrink)
 {
 	struct row *row = &self->row;
@@ -819,8 +819,8 @@ TEST_F(any_memory, pkey_mprotect)
 }
 
 /*
- * G7: fork(), and writes after it. The child gets copies of pinned pages. Private
- * huge pages are known false alarms.
+ * G7: fork() and later writes. Pinned pages are copied for the child. Private huge
+ * pages cause false alarms.
  */
 TEST_F(any_memory, fork)
 {
@@ -840,7 +840,7 @@ TEST_F(any_memory, fork)
 	ROW_QUIET("write_after_exit_of_child");
 }
 
-/* G7: A child that changes its own mapping. */
+/* G7: Changes of its own mapping by a child are not reported. */
 TEST_F(any_memory, fork_child_changes)
 {
 	struct row *row = &self->row;
@@ -859,7 +859,7 @@ TEST_F(any_memory, fork_child_changes)
 	QUIET();
 }
 
-/* G7: Advice for the whole mapping, so that it is not split. */
+/* G7: madvise() of the whole mapping, which does not split it, is not reported. */
 TEST_F(any_memory, madvise_hints)
 {
 	static const struct {
@@ -909,7 +909,7 @@ TEST_F(any_memory, mlock)
 
 /* From here to the end of the fixture an event may be a false alarm. */
 
-/* G1: MADV_FREE, which spares pinned pages. */
+/* G1: MADV_FREE skips pinned pages. */
 TEST_F(any_memory, madv_free)
 {
 	struct row *row = &self->row;
@@ -943,7 +943,7 @@ static int other_node(void *page)
 	return -1;
 }
 
-/* G1: move_pages(), which spares pinned pages. */
+/* G1: move_pages() skips pinned pages. */
 TEST_F(any_memory, move_pages)
 {
 	struct row *row = &self->row;
@@ -961,7 +961,7 @@ TEST_F(any_memory, move_pages)
 	LOGGED(ret);
 }
 
-/* G1: mbind(), which spares pinned pages. */
+/* G1: mbind() skips pinned pages. */
 TEST_F(any_memory, mbind)
 {
 	struct row *row = &self->row;
@@ -975,37 +975,37 @@ TEST_F(any_memory, mbind)
 }
 
 /*
- * Rows for any memory but hugetlb, where the calls fail with EINVAL
+ * Rows for any memory but hugetlb, on which these calls fail with EINVAL
  */
-FIXTURE(base_pages)
+FIXTURE(not_hugetlb)
 {
 	struct row row;
 };
 
-FIXTURE_VARIANT(base_pages)
+FIXTURE_VARIANT(not_hugetlb)
 {
 	const struct memory *memory;
 };
 
-FIXTURE_VARIANT_ADD(base_pages, anon) { .memory = &anon };
-FIXTURE_VARIANT_ADD(base_pages, shared_anon) { .memory = &shared_anon };
-FIXTURE_VARIANT_ADD(base_pages, memfd) { .memory = &memfd };
-FIXTURE_VARIANT_ADD(base_pages, file_private) { .memory = &file_private };
-FIXTURE_VARIANT_ADD(base_pages, file_ro) { .memory = &file_ro };
-FIXTURE_VARIANT_ADD(base_pages, thp) { .memory = &thp };
+FIXTURE_VARIANT_ADD(not_hugetlb, anon) { .memory = &anon };
+FIXTURE_VARIANT_ADD(not_hugetlb, shared_anon) { .memory = &shared_anon };
+FIXTURE_VARIANT_ADD(not_hugetlb, memfd) { .memory = &memfd };
+FIXTURE_VARIANT_ADD(not_hugetlb, file_private) { .memory = &file_private };
+FIXTURE_VARIANT_ADD(not_hugetlb, file_ro) { .memory = &file_ro };
+FIXTURE_VARIANT_ADD(not_hugetlb, thp) { .memory = &thp };
 
-FIXTURE_SETUP(base_pages)
+FIXTURE_SETUP(not_hugetlb)
 {
 	row_setup(_metadata, &self->row, variant->memory);
 }
 
-FIXTURE_TEARDOWN(base_pages)
+FIXTURE_TEARDOWN(not_hugetlb)
 {
 	row_teardown(_metadata, &self->row);
 }
 
 /* G1: MREMAP_DONTUNMAP. */
-TEST_F(base_pages, mremap_dontunmap)
+TEST_F(not_hugetlb, mremap_dontunmap)
 {
 	struct row *row = &self->row;
 
@@ -1015,7 +1015,7 @@ TEST_F(base_pages, mremap_dontunmap)
 }
 
 /* G7: mremap() that grows in place. */
-TEST_F(base_pages, mremap_grow)
+TEST_F(not_hugetlb, mremap_grow)
 {
 	struct row *row = &self->row;
 
@@ -1023,8 +1023,8 @@ TEST_F(base_pages, mremap_grow)
 	QUIET();
 }
 
-/* G1: MADV_GUARD_INSTALL, unless there are no pages. */
-TEST_F(base_pages, madv_guard_install)
+/* G1: MADV_GUARD_INSTALL is reported if there are pages. */
+TEST_F(not_hugetlb, madv_guard_install)
 {
 	struct row *row = &self->row;
 
@@ -1070,7 +1070,7 @@ FIXTURE_SETUP(balanced)
 	unsigned int cpu;
 	cpu_set_t cpus;
 
-	/* Stay on the node of the memory, so that it is not moved. */
+	/* Stay on the node of the memory, so that it is not migrated. */
 	ASSERT_EQ(0, getcpu(&cpu, NULL));
 	CPU_ZERO(&cpus);
 	CPU_SET(cpu, &cpus);
@@ -1123,7 +1123,7 @@ TEST_F_TIMEOUT(balanced, numa_hinting, 300)
 			file_write(knobs[i].path, old);
 	}
 	if (scans < 4)
-		ROW_SKIP(return, "no NUMA balancing, or no debugfs to hasten it");
+		ROW_SKIP(return, "no NUMA balancing or no debugfs");
 	QUIET();
 }
 
@@ -1180,7 +1180,7 @@ TEST_F(file, punch_hole)
 				FALLOC_FL_KEEP_SIZE, LEN(2), LEN(1)) ? errno : 0);
 	err = child_wait(child);
 	if (err == EOPNOTSUPP && row->memory->file == DISK)
-		ROW_SKIP(return, "the file system makes no holes");
+		ROW_SKIP(return, "no hole punching on this file system");
 	ASSERT_EQ(0, err);
 	if (row->memory->flags & MAP_PRIVATE)
 		LOGGED(0);
@@ -1310,13 +1310,13 @@ static void owner_reported(struct __test_metadata *_metadata,
 	uint64_t now = generation(&owner->notify);
 	struct ib_uverbs_mmu_notify_event e;
 
-	printf("# row %s / %s: %s, judged\n", _metadata->name, memory,
+	printf("# row %s / %s: %s, checked\n", _metadata->name, memory,
 	       now == owner->notify.seen ? "quiet" : "reported");
 	fflush(stdout);
-	/* Once only, as nobody can read the event. */
+	/* It advances only once, as nobody can read the event. */
 	EXPECT_EQ(owner->notify.seen + reported, now);
 	EXPECT_EQ(-EPERM, events_read(&owner->notify, &e, 1));
-	__atomic_fetch_add(&totals->judged, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&totals->checked, 1, __ATOMIC_RELAXED);
 }
 
 FIXTURE(mm_teardown)
@@ -1348,7 +1348,7 @@ FIXTURE_TEARDOWN(mm_teardown)
 	notify_close(&self->owner.notify);
 }
 
-/* G8: Exit. G2: The generation advances before the memory is released. */
+/* G8: Exit of the owner. G2: The generation advances before the memory is freed. */
 TEST_F(mm_teardown, exit)
 {
 	ASSERT_EQ(1, write(self->owner.sock, "x", 1));
@@ -1356,7 +1356,7 @@ TEST_F(mm_teardown, exit)
 	owner_reported(_metadata, &self->owner, variant->memory->name, true);
 }
 
-/* G8: Exec. The process runs another program meanwhile. */
+/* G8: exec() by the owner, which then runs another program. */
 TEST_F(mm_teardown, exec)
 {
 	char comm[4] = {};
@@ -1482,7 +1482,7 @@ TEST_F(custom_memory, shmdt)
 	REPORTED(UNMAPPED, FROM, TO);
 }
 
-/* G1: SHM_REMAP. */
+/* G1: shmat() with SHM_REMAP over the MR. */
 TEST_F(custom_memory, shmat_remap)
 {
 	struct row *row = &self->row;
@@ -1497,7 +1497,7 @@ TEST_F(custom_memory, shmat_remap)
 	REPORTED(UNMAPPED, 2, 3);
 }
 
-/* G1: Direct I/O, which invalidates the page cache in spite of the pin. */
+/* G1: Direct I/O invalidates the page cache in spite of the pin. */
 TEST_F(custom_memory, direct_write)
 {
 	struct row *row = &self->row;
@@ -1515,7 +1515,7 @@ TEST_F(custom_memory, direct_write)
 	REPORTED(MAYBE_STALE, 2, 3);
 }
 
-/* G7: Write-back, which write-protects the page. */
+/* G7: Write-back only write-protects the page. */
 TEST_F(custom_memory, fsync_writeback)
 {
 	static const struct memory file_shared = { .name = "file_shared" };
@@ -1547,8 +1547,8 @@ static const struct memory private_file = {
 };
 
 /*
- * G3: Registration for reading. The pin copies the pages of the file, so the MR is
- * born stale. A later write replaces nothing.
+ * G3: The pin of a registration for reading copies the pages of the file, so the MR
+ * is born stale. A later write replaces no page.
  */
 TEST_F(custom_memory, private_file_page)
 {
@@ -1655,7 +1655,7 @@ TEST_F_TIMEOUT(custom_memory, ksm_page_read_only, 300)
 
 /* From here on an event may be a false alarm. */
 
-/* G1: KSM, which spares pinned pages. */
+/* G1: KSM skips pinned pages. */
 TEST_F_TIMEOUT(custom_memory, ksm, 300)
 {
 	struct row *row = &self->row;
@@ -1668,7 +1668,7 @@ TEST_F_TIMEOUT(custom_memory, ksm, 300)
 	LOGGED(0);
 }
 
-/* G1: Compaction, which spares pinned pages. */
+/* G1: Compaction skips pinned pages. */
 TEST_F(custom_memory, compaction)
 {
 	struct row *row = &self->row;
@@ -1680,7 +1680,7 @@ TEST_F(custom_memory, compaction)
 	LOGGED(0);
 }
 
-/* G1: UFFDIO_MOVE, which spares pinned pages. */
+/* G1: UFFDIO_MOVE skips pinned pages. */
 TEST_F(custom_memory, uffdio_move)
 {
 	struct row *row = &self->row;
@@ -1808,7 +1808,7 @@ TEST_F(custom_memory, thp_madv_dontfork_other_part)
 	LOGGED(madvise(AT(0), getpagesize(), MADV_DONTFORK));
 }
 
-/* G1: MADV_COLLAPSE, which spares pinned pages. */
+/* G1: MADV_COLLAPSE skips pinned pages. */
 TEST_F(custom_memory, madv_collapse)
 {
 	struct row *row = &self->row;
@@ -1836,7 +1836,7 @@ static int hmm(struct row *row, unsigned long request)
 	return ret;
 }
 
-/* G7: Migration to a device, which spares pinned pages. */
+/* G7: Migration to a device skips pinned pages. */
 TEST_F(custom_memory, hmm_migrate)
 {
 	struct row *row = &self->row;
@@ -1845,7 +1845,7 @@ TEST_F(custom_memory, hmm_migrate)
 		ROW_SKIP(return, "no test of HMM: modprobe test_hmm");
 	if (custom_prepare(_metadata, row, &anon))
 		return;
-	/* The device finds no page that it can move. */
+	/* The device finds no page that it can migrate. */
 	ASSERT_EQ(-1, hmm(row, HMM_DMIRROR_MIGRATE_TO_DEV));
 	ASSERT_EQ(ENOENT, errno);
 	QUIET();
@@ -1863,7 +1863,7 @@ TEST_F(custom_memory, hmm_exclusive)
 	if (custom_prepare(_metadata, row, &anon))
 		return;
 	ASSERT_EQ(0, hmm(row, HMM_DMIRROR_EXCLUSIVE));
-	/* The pages stay the MR's, but are not mapped meanwhile. */
+	/* The pages do not change, but are unmapped until the CPU accesses them. */
 	pages_forget(row, (uintptr_t)AT(FROM), (uintptr_t)AT(TO));
 	QUIET();
 	touch(row, AT(0), UNITS);
@@ -1925,7 +1925,7 @@ TEST_F(poisoned, madv_hwpoison)
 		REPORTED(MAYBE_STALE, 2, 3);
 }
 
-/* G1: Soft offlining of a page that is not poisoned. It spares pinned pages. */
+/* G1: Soft offlining of a page that is not poisoned. It skips pinned pages. */
 TEST_F(poisoned, madv_soft_offline)
 {
 	struct row *row = &self->row;
@@ -1936,7 +1936,7 @@ TEST_F(poisoned, madv_soft_offline)
 
 static void print_totals(void)
 {
-	printf("# rows: judged %u, logged %u, skipped %u\n", totals->judged,
+	printf("# rows: checked %u, logged %u, skipped %u\n", totals->checked,
 	       totals->logged, totals->skipped);
 }
 
