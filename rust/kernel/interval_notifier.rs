@@ -475,9 +475,8 @@ unsafe impl<T: IntervalNotifierCallback> ForeignOwnable for Registration<T> {
 
 /// Sets up the notifier tree of `mm`, so that [`Registration::insert`] need not.
 ///
-/// The tree stays until the address space is torn down. Unlike inserting and removing a notifier,
-/// this does not wait for invalidations. Fails with `EINTR` if a signal is pending, and with
-/// `ENOMEM`.
+/// The tree stays as long as the `mm_struct`. Unlike inserting and removing a notifier, this does
+/// not wait for invalidations. Fails with `EINTR` if a signal is pending, and with `ENOMEM`.
 ///
 /// # Context
 ///
@@ -490,8 +489,8 @@ pub fn prepare(mm: &MmWithUser) -> Result {
     };
     let notifier = Opaque::uninit();
 
-    // The range is empty: the function sets up the tree if there is none, and then refuses to
-    // insert the notifier.
+    // The C function sets up the tree if there is none, and then refuses to insert a notifier for
+    // an empty range.
     //
     // SAFETY:
     // - `notifier` is valid for writes, and is not inserted.

@@ -25,7 +25,7 @@ int uverbs_mmu_notify_init_uobj(struct ib_uobject *uobj)
 	if (IS_ERR(queue)) {
 		int ret = PTR_ERR(queue);
 
-		/* mmu_interval_notifier_prepare() returns -EINTR for signals */
+		/* From mm_take_all_locks(). The call can be restarted. */
 		return ret == -EINTR ? -ERESTARTSYS : ret;
 	}
 
