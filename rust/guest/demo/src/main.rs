@@ -148,7 +148,7 @@ fn with_notification(peer: &Peer, cache: &Cache<Witness>, buffer: &mut Mapping) 
     );
 
     let entry = cache.get(range.clone())?;
-    say("the cache registers anew, cookie", entry.cookie());
+    say("the cache registers it again, cookie", entry.cookie());
     peer.write(SECOND, Location::new(buffer.addr(), entry.mr().rkey()))?;
     say(
         "RDMA WRITE by the peer, with the cached key: completion",

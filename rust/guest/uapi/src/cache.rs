@@ -87,7 +87,7 @@ pub trait Backend {
     fn deregister(&self, mr: &mut Self::Mr) -> io::Result<u32>;
 }
 
-/// A cached registration. Whoever holds one may use its region.
+/// A cached registration. Its holder may use the region.
 #[derive(Debug)]
 pub struct Entry<M> {
     range: Range<u64>,

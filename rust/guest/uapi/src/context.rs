@@ -25,7 +25,7 @@ pub(crate) struct Owned<T> {
     free: unsafe extern "C" fn(*mut T) -> c_int,
 }
 
-// SAFETY: Any thread may use and free libibverbs' objects; it locks by itself.
+// SAFETY: Any thread may use and free libibverbs' objects; it has its own locks.
 unsafe impl<T> Send for Owned<T> {}
 // SAFETY: As above.
 unsafe impl<T> Sync for Owned<T> {}
@@ -207,7 +207,7 @@ fn with_devices<T>(f: impl FnOnce(&[*mut ibv_device]) -> io::Result<T>) -> io::R
     }
     // SAFETY: The list has `count` members until it is freed below.
     let result = f(unsafe { slice::from_raw_parts(list, count as usize) });
-    // SAFETY: The list is from ibv_get_device_list() and not used any more.
+    // SAFETY: The list is from ibv_get_device_list() and no longer used.
     unsafe { ibv_free_device_list(list) };
     result
 }

@@ -62,7 +62,7 @@ pub struct MrArgs {
     pub length: u64,
     /// `IBV_ACCESS_*`.
     pub access: u32,
-    /// The queue that is told about changes of the mapping.
+    /// The queue for events of this region.
     pub notify_fd: Option<i64>,
     /// What the events of this region carry; need not be unique.
     pub cookie: Option<u64>,
