@@ -152,16 +152,18 @@ impl Buffer for Sink {
 struct Contended {
     period: u32,
     copies: u32,
+    since_success: u32,
 }
 
 impl Buffer for Contended {
     fn copy(&mut self, _records: &[Record]) -> Result {
         self.copies += 1;
-        if self.copies % self.period == 0 {
-            Ok(())
-        } else {
-            Err(EFAULT)
+        self.since_success += 1;
+        if self.since_success < self.period {
+            return Err(EFAULT);
         }
+        self.since_success = 0;
+        Ok(())
     }
 
     fn fault_in(&mut self, _count: usize) -> Result<usize> {
@@ -502,6 +504,7 @@ mod queue_and_watches {
         let mut hopeless = Contended {
             period: 18,
             copies: 0,
+            since_success: 0,
         };
 
         map.unmap(0..1)?;
@@ -520,6 +523,7 @@ mod queue_and_watches {
         let mut contended = Contended {
             period: 17,
             copies: 0,
+            since_success: 0,
         };
 
         map.unmap(0..2)?;
