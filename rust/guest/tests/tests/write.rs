@@ -5,7 +5,7 @@ use rustix::io::{Errno, write};
 use std::{
     io, mem,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-    slice, thread,
+    slice,
 };
 use uverbs_mmu_notify::{Context, NotifyQueue, Request, sys::uapi::*};
 use uverbs_mmu_notify_tests::*;
@@ -365,34 +365,6 @@ fn create_without_response() {
             expect_errno(result, Errno::NOSPC, "CREATE");
         }
         assert_eq!(counter_pages(), pages, "queues, after CREATE failed");
-    }
-}
-
-/// G8: CREATE leaves nothing, whichever of its allocations fails.
-#[test]
-fn create_without_memory() {
-    for form in FORMS {
-        let fixture = Fixture::new();
-        let pages = counter_pages();
-        let (fail, mut failures) = (FailAllocation::new(), 0);
-        for nth in 1.. {
-            let (made, failed) = fail.at(nth, || create(form, &fixture.context));
-            match made {
-                Ok(_) if !failed => break,
-                Ok(made) => drop(made), // it went on without
-                made => {
-                    expect_errno(made.map(drop), Errno::NOMEM, "CREATE");
-                    failures += 1;
-                }
-            }
-            // A worker frees what vmalloc() has not completed (mm/vmalloc.c, defer_vm_area_cleanup()).
-            within("the end of the queue", || {
-                while counter_pages() != pages {
-                    thread::yield_now();
-                }
-            });
-        }
-        assert!(failures > 3, "CREATEs that failed: {failures}");
     }
 }
 
