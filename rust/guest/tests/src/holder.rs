@@ -147,8 +147,7 @@ impl Held {
                 }
             }
         }
-        let nowhere = Map::new(1);
-        nowhere.unmap(0..1);
+        let nowhere = Map::nowhere();
         let shared = Arc::new(Shared::default());
         let threads = (0..threads)
             .map(|_| {

@@ -46,6 +46,13 @@ impl Map {
         Self::anonymous(pages, MapFlags::PRIVATE)
     }
 
+    /// A page that cannot be accessed. An unmapped one could become another mapping.
+    pub fn nowhere() -> Self {
+        let map = Self::untouched(1);
+        map.protect(0..1, MprotectFlags::empty());
+        map
+    }
+
     /// Maps `pages` anonymous pages.
     pub fn anonymous(pages: usize, flags: MapFlags) -> Self {
         // SAFETY: A new mapping, which replaces none.

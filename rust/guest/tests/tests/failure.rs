@@ -74,8 +74,7 @@ fn reg_attrs(
 /// handle that the region would have had.
 #[track_caller]
 fn reg_faults(fixture: &Fixture, args: &MrArgs, fault: Fault) -> u32 {
-    let nowhere = Map::new(1);
-    nowhere.unmap(0..1);
+    let nowhere = Map::nowhere();
     let mut attrs = reg_attrs(fixture, args, |id, default| match fault {
         Fault::Output(faulty) if faulty == id => nowhere.at(0),
         _ => default,

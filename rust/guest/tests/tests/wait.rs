@@ -196,8 +196,7 @@ fn reader_that_faults_hands_over() {
 #[test]
 fn reader_that_fails_hands_over() {
     let (_fixture, queue, map, _mrs) = blocking_each(1);
-    let nowhere = Map::new(1);
-    nowhere.unmap(0..1);
+    let nowhere = Map::nowhere();
     let first = {
         let queue = queue.clone();
         Blocked::spawn(READ, move || read_raw(&*queue, nowhere.at(0), RECORD))
