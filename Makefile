@@ -4,7 +4,7 @@ O ?= release
 export O CMD
 # What to set up for: the demo, the tests, or the checks, which need everything.
 FOR = demo
-test bench stress mutants host-test debug: FOR = test
+test bench profile stress mutants host-test debug: FOR = test
 check check-full: FOR = check
 .NOTPARALLEL:
 
@@ -23,6 +23,8 @@ mutants: debug ## mutation tests: every patch in ci/mutations must make a test f
 	@scripts/mutation-test
 bench: release ## what watching costs, in instructions
 	@scripts/bench
+profile: release ## where those instructions go, by symbol
+	@scripts/profile
 stress: debug ## the random tests on the debug kernel, again and again
 	@scripts/stress
 host-test: tree ## the tests that need no kernel
@@ -43,4 +45,4 @@ setup: ## install what all of these need
 clean: ## remove the kernels and programs built, not the source tree
 	rm -rf build/release build/debug build/off build/commit-* build/patched* build/headers build/cargo build/bare build/out
 
-.PHONY: help demo test check check-full mutants bench stress host-test boot build release debug tree refresh setup clean
+.PHONY: help demo test check check-full mutants bench profile stress host-test boot build release debug tree refresh setup clean

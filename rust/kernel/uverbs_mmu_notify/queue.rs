@@ -131,9 +131,17 @@ pub(crate) struct Queue {
     /// What poll() reports: `READABLE`, `POLLERR` or zero. Written under `inner`.
     ready: Atomic<u32>,
     #[pin]
-    reader: Mutex<()>,
+    reader: Mutex<Batch>,
     #[pin]
     inner: SpinLock<Inner>,
+}
+
+/// The events that a reader is copying. Part of the queue only to keep it off the stack.
+#[derive(Default)]
+struct Batch {
+    records: [Record; BATCH],
+    /// What the records were made of.
+    taken: [Pending; BATCH],
 }
 
 /// # Invariants
@@ -234,7 +242,7 @@ impl Inner {
         self.generation
     }
 
-    /// Copies the oldest events to `buffer`, as many as `records` has room for, counts and removes
+    /// Copies up to `max` of the oldest events to `buffer` by way of `batch`, counts and removes
     /// them.
     ///
     /// Atomic under the lock, so that no event is delivered after deregistration has returned the
@@ -243,12 +251,17 @@ impl Inner {
     fn deliver(
         &mut self,
         buffer: &mut impl Buffer,
-        records: &mut [Record],
+        batch: &mut Batch,
+        max: usize,
     ) -> Result<usize, usize> {
-        let mut taken = [Pending::NONE; BATCH];
+        let Batch { records, taken } = batch;
         let mut count = 0;
 
-        for ((record, taken), watch) in records.iter_mut().zip(&mut taken).zip(self.pending.iter())
+        for ((record, taken), watch) in records
+            .iter_mut()
+            .zip(&mut *taken)
+            .take(max)
+            .zip(self.pending.iter())
         {
             // Clear `pending` before the copy: an invalidation either has merged already, or finds
             // no event and waits for the lock. Relaxed: the lock orders everything else.
@@ -303,7 +316,7 @@ impl Queue {
                     GFP_KERNEL_ACCOUNT
                 )?,
                 ready: Atomic::new(0),
-                reader <- new_mutex!((), "uverbs_mmu_notify_reader"),
+                reader <- new_mutex!(Batch::default(), "uverbs_mmu_notify_reader"),
                 // INVARIANT: The list is empty.
                 inner <- new_spinlock!(Inner {
                     pending: List::new(),
@@ -409,13 +422,12 @@ impl Queue {
         buffer: &mut impl Buffer,
         done: &mut usize,
     ) -> Result {
-        let mut records = [Record::default(); BATCH];
         // The number of events that the buffer can be written for, or `BATCH` if unknown.
         let mut room = BATCH;
         let mut faults = 0;
 
-        while *done < max {
-            let reader = self.reader.lock_killable()?;
+        loop {
+            let mut batch = self.reader.lock_killable()?;
             let mut inner = self.inner.lock();
 
             if inner.closed {
@@ -426,30 +438,32 @@ impl Queue {
                     return Err(EAGAIN);
                 }
                 // Unlocking the mutex under the spinlock is fine: it does not sleep.
-                drop(reader);
+                drop(batch);
                 self.wait(inner)?;
                 (room, faults) = (BATCH, 0);
                 continue;
             }
 
-            let delivered = inner.deliver(buffer, &mut records[..room.min(max - *done)]);
+            let delivered = inner.deliver(buffer, &mut batch, room.min(max - *done));
+            let more = !inner.pending.is_empty();
             self.update_ready(&inner);
             drop(inner);
-            drop(reader);
 
             match delivered {
                 Ok(count) => {
-                    for record in &records[..count] {
+                    for record in &batch.records[..count] {
                         trace::deliver(self, record);
                     }
+                    drop(batch);
                     *done += count;
-                    (room, faults) = (BATCH, 0);
-                    if buffer.interrupted() {
-                        return Err(ERESTARTSYS);
+                    if *done == max || !more || buffer.interrupted() {
+                        return Ok(());
                     }
+                    (room, faults) = (BATCH, 0);
                 }
                 Err(_) if faults == MAX_FAULTS => return Err(EFAULT),
                 Err(count) => {
+                    drop(batch);
                     faults += 1;
                     // `fault_in()` may block indefinitely.
                     self.pass_on();
@@ -457,7 +471,6 @@ impl Queue {
                 }
             }
         }
-        Ok(())
     }
 
     /// Updates `ready` from `inner`, which must belong to this queue.

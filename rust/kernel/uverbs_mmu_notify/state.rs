@@ -52,7 +52,7 @@ impl Reason {
 /// The pending event of an MR in one word: its reasons, and its range in units of [`Region`].
 ///
 /// [`Pending::NONE`] if there is none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pending(u64);
 
 impl Pending {
