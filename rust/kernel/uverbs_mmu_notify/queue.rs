@@ -22,8 +22,9 @@
 //!
 //! # References
 //!
-//! A watch owns a reference to its queue. The queue owns one to each watch in its list. That one is
-//! never the last: the [`Registration`] holds another until it has removed the watch from the list.
+//! A watch owns a reference to its queue. A live watch also owns one to itself, its [`ListArc`]:
+//! queueing an event moves that to the list of the queue, and delivery moves it back, so neither
+//! counts references. It is dropped when the notifier has been removed.
 
 use super::{
     state::{
@@ -146,7 +147,8 @@ struct Batch {
 
 /// # Invariants
 ///
-/// - `pending` only contains watches whose `queue` is the one that this belongs to.
+/// - `pending` only contains watches whose `queue` is the one that this belongs to. The [`ListArc`]
+///   of a live watch is there or in [`State::entry`].
 /// - A watch in `pending` has a pending event and is live.
 struct Inner {
     /// Watches with a pending event, in the order of the events' generations.
@@ -175,6 +177,8 @@ struct State {
     /// How many events have been delivered, modulo 2^32.
     delivered: u32,
     phase: Phase,
+    /// What goes into the list of the queue. `None` unless the watch is live and not in there.
+    entry: Option<ListArc<Watch>>,
 }
 
 /// Watches the address range of one MR.
@@ -280,11 +284,14 @@ impl Inner {
         }
 
         for _ in 0..count {
-            // The `ListArc` is dropped under the lock, so that the next invalidation can queue the
-            // watch again. It is not the last reference, see the top of this file.
             if let Some(watch) = self.pending.pop_front() {
-                let state = watch.state.access_mut(self);
+                let state = ptr::from_mut(watch.state.access_mut(self));
+
+                // SAFETY: The watch is live, so its registration keeps it alive. The lock, which
+                // is held by the borrow of `self`, protects the state, and nothing else borrows it.
+                let state = unsafe { &mut *state };
                 state.delivered = state.delivered.wrapping_add(1);
+                state.entry = Some(watch);
             }
         }
         Ok(count)
@@ -451,9 +458,7 @@ impl Queue {
 
             match delivered {
                 Ok(count) => {
-                    for record in &batch.records[..count] {
-                        trace::deliver(self, record);
-                    }
+                    trace::deliver(self, &batch.records[..count]);
                     drop(batch);
                     *done += count;
                     if *done == max || !more || buffer.interrupted() {
@@ -556,6 +561,7 @@ impl Watch {
             generation: 0,
             delivered: 0,
             phase: Phase::Registering,
+            entry: None,
         };
         let watch = UniqueArc::pin_init(
             pin_init!(Self {
@@ -588,6 +594,7 @@ impl Watch {
             return;
         }
         state.phase = Phase::Live;
+        state.entry = ListArc::try_from_arc_borrow(self);
 
         // Relaxed: `NONE` is replaced by an event only under the lock.
         let seen = Pending::from(self.pending.load(Relaxed)) != Pending::NONE;
@@ -616,13 +623,13 @@ impl Watch {
             self.queue.ready.store(READABLE, Relaxed);
         }
         let generation = inner.advance();
-        self.state.access_mut(inner).generation = generation;
-        // Fails only for a watch that is in the list.
-        if let Some(watch) = ListArc::try_from_arc_borrow(self) {
+        let state = self.state.access_mut(inner);
+        state.generation = generation;
+        if let Some(entry) = state.entry.take() {
             // INVARIANT: `access_mut()` panics unless `inner` belongs to the queue of the watch.
             // The callers found the watch live, with a pending event, or store one before they drop
             // the lock.
-            inner.pending.push_back(watch);
+            inner.pending.push_back(entry);
         }
         was_empty
     }
@@ -693,10 +700,11 @@ impl IntervalNotifierCallback for Watch {
         let state = this.state.access_mut(&mut inner);
         state.phase = Phase::Stopped;
         let delivered = state.delivered;
+        let entry = queued.or_else(|| state.entry.take());
         drop(inner);
 
         trace::stop(&this.queue, this.cookie, delivered);
-        drop(queued);
+        drop(entry);
     }
 }
 

@@ -13,6 +13,8 @@ use core::{
     ops::Range,
     ptr, //
 };
+#[cfg(CONFIG_TRACEPOINTS)]
+use kernel::jump_label::static_branch_unlikely;
 use kernel::{
     bindings,
     mm::interval_notifier::Invalidation,
@@ -78,13 +80,30 @@ pub(crate) fn invalidate(
     unsafe { uverbs_mmu_notify_invalidate(queue, cookie, event, start, end, generation) }
 }
 
-/// An event was delivered.
+/// Events were delivered.
 #[inline]
-pub(crate) fn deliver(queue: &Queue, record: &Record) {
-    let queue = ptr::from_ref(queue).cast();
+pub(crate) fn deliver(queue: &Queue, records: &[Record]) {
+    // SAFETY: The static key of a tracepoint can always be queried.
+    #[cfg(CONFIG_TRACEPOINTS)]
+    let enabled = unsafe {
+        static_branch_unlikely!(
+            bindings::__tracepoint_uverbs_mmu_notify_deliver,
+            bindings::tracepoint,
+            key
+        )
+    };
+    #[cfg(not(CONFIG_TRACEPOINTS))]
+    let enabled = false;
 
-    // SAFETY: The reference is valid for reads, and `Record` has the layout of the C struct.
-    unsafe { uverbs_mmu_notify_deliver(queue, ptr::from_ref(record).cast()) }
+    if enabled {
+        for record in records {
+            let queue = ptr::from_ref(queue).cast();
+
+            // SAFETY: The reference is valid for reads, and `Record` has the layout of the C
+            // struct.
+            unsafe { uverbs_mmu_notify_deliver(queue, ptr::from_ref(record).cast()) }
+        }
+    }
 }
 
 /// A watch was stopped, after `delivered` events of it had been delivered.

@@ -166,7 +166,12 @@ extern "C" fn stop(_: c_uint, _: *mut c_void) {
             let mut file = BufWriter::new(File::create(&path)?);
             for (address, count) in &counts.by_address {
                 if count.all.get() != 0 {
-                    writeln!(file, "{address:x} {} {}", count.all.get(), count.locked.get())?;
+                    writeln!(
+                        file,
+                        "{address:x} {} {}",
+                        count.all.get(),
+                        count.locked.get()
+                    )?;
                 }
             }
             file.flush()

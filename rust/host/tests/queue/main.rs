@@ -28,7 +28,7 @@ mod trace {
         check::might_sleep();
     }
 
-    pub(crate) fn deliver(_: &Queue, _: &Record) {
+    pub(crate) fn deliver(_: &Queue, _: &[Record]) {
         check::might_sleep();
     }
 

@@ -39,9 +39,12 @@ fn main() {
     let mut profile = Profile::default();
 
     // Before the first notification FD of this process.
-    let (warm, map) = (Map::new(COUNT), Map::new(COUNT));
-    (0..COUNT).for_each(|n| warm.unmap(n..n + 1));
-    let without_fd = profile.phase(|n| map.unmap(n..n + 1));
+    let purge_all = |profile: &mut Profile| {
+        let map = Map::new(COUNT);
+        profile.phase(|n| map.dont_need(n..n + 1))
+    };
+    purge_all(&mut profile);
+    let without_fd = purge_all(&mut profile);
 
     let fixture = Fixture::new();
     let register = |map: Map, pages: usize, watched: bool, n: usize| {
@@ -57,12 +60,30 @@ fn main() {
     // Once for what is only done the first time.
     for watched in [false, true] {
         let map = Map::new(COUNT);
-        drop((0..COUNT).map(|n| register(map, 1, watched, n)).collect::<Vec<_>>());
+        drop(
+            (0..COUNT)
+                .map(|n| register(map, 1, watched, n))
+                .collect::<Vec<_>>(),
+        );
     }
 
-    let map = Map::new(COUNT);
-    let missed = profile.phase(|n| map.unmap(n..n + 1));
-    row("munmap of a page, in a process with a FD", missed, Some(without_fd));
+    let with_fd = purge_all(&mut profile);
+    row(
+        "MADV_DONTNEED, added by a notification FD",
+        with_fd,
+        Some(without_fd),
+    );
+    let elsewhere = Map::new(COUNT);
+    let mrs: Vec<Mr> = (0..COUNT)
+        .map(|n| register(elsewhere, 1, true, n))
+        .collect();
+    let missed = purge_all(&mut profile);
+    row(
+        "MADV_DONTNEED, added by a notification FD and 256 watches elsewhere",
+        missed,
+        Some(without_fd),
+    );
+    drop(mrs);
 
     let phases = [false, true].map(|watched| {
         let map = Map::new(COUNT * PAGES);
@@ -74,7 +95,11 @@ fn main() {
         (reg, dereg)
     });
     row("REG_MR, added by watching", phases[1].0, Some(phases[0].0));
-    row("MR_DESTROY, added by watching", phases[1].1, Some(phases[0].1));
+    row(
+        "MR_DESTROY, added by watching",
+        phases[1].1,
+        Some(phases[0].1),
+    );
 
     let mut purge = |watched| {
         let map = Map::new(COUNT);
@@ -85,8 +110,16 @@ fn main() {
     };
     let plain = purge(false);
     let watched = purge(true);
-    row("MADV_DONTNEED, first invalidation of a watch", watched.0, Some(plain.0));
-    row("MADV_DONTNEED, merged invalidation", watched.1, Some(plain.1));
+    row(
+        "MADV_DONTNEED, first invalidation of a watch",
+        watched.0,
+        Some(plain.0),
+    );
+    row(
+        "MADV_DONTNEED, merged invalidation",
+        watched.1,
+        Some(plain.1),
+    );
 
     // One phase for all events: no loop.
     let mut events = [Event::default(); COUNT];
