@@ -3,18 +3,16 @@
  * uverbs calls without libibverbs, on a soft-RoCE or soft-iWARP device, and the
  * common part of the MMU notification tests.
  *
- * The comment at each test names the guarantee that the test checks:
+ * The comment at each test names the guarantee that the test checks. The top of
+ * drivers/infiniband/core/uverbs_mmu_notify.rs explains the guarantees. In
+ * short:
  *
- *  G1  nothing missed: a change that can make a live MR stale is reported
- *  G2  in time: when the changing call returns, the generation has advanced, or an
- *      event that covers the change is pending
- *  G3  registration: a change during registration is complete before the pin or is
- *      reported; a failed registration queues no event
- *  G4  nothing lost: later changes merge into the pending event of the MR; a read()
- *      that fails consumes no event
- *  G5  exact count: deregistration returns how many events were delivered, and none
- *      is delivered afterwards
- *  G6  bounded waits: no wake-up is lost
+ *  G1  nothing missed: changes that can make a live MR stale are reported
+ *  G2  in time: when the changing call returns, userspace can see the change
+ *  G3  registration: a change during a registration is not missed
+ *  G4  nothing lost: changes merge, and a failed read() consumes no event
+ *  G5  exact count: deregistration returns the number of delivered events
+ *  G6  waits: no wake-up is lost
  *  G7  quiet: changes of protection and similar events are not reported
  *  G8  lifetimes: any order of close, exit, exec and fork is safe
  *
@@ -117,7 +115,7 @@ static inline int command(int fd, uint32_t cmd, const void *in, size_t in_len,
 	uint64_t data = (uintptr_t)in;
 	struct call call;
 
-	if (in_len <= sizeof(data))	/* short inputs travel in the attribute */
+	if (in_len <= sizeof(data))	/* short inputs are in the attribute */
 		memcpy(&data, in, in_len);
 	call_init(&call, UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INVOKE_WRITE);
 	call_attr(&call, UVERBS_ATTR_WRITE_CMD, sizeof(uint64_t), cmd);
@@ -291,8 +289,9 @@ static inline int events_read(const struct notify *notify,
 }
 
 /*
- * Read until EAGAIN: a short count does not mean that the queue is empty. Returns
- * the number of events or -errno. Pass room for one event more than expected.
+ * Read until EAGAIN: a short count does not mean that the queue is empty.
+ * Returns the number of events or -errno. Pass room for one event more than
+ * expected.
  */
 static inline int events_drain(const struct notify *notify,
 			       struct ib_uverbs_mmu_notify_event *events,

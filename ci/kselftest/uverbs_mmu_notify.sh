@@ -3,7 +3,7 @@
 #
 # Test MMU notification of RDMA memory regions, on a soft-RoCE device (soft-iWARP
 # with UVERBS_DRIVER=siw in the environment), and with a file system on /dev/ram0
-# if that is unused. A few pages are poisoned and unusable until reboot. With
+# if /dev/ram0 is unused. A few pages are poisoned and unusable until reboot. With
 # TEST_POISON_HUGE in the environment, huge pages are also poisoned: a poisoned
 # subpage can be reallocated, and kills a process that touches it, so use that only
 # if the machine is shut down after the test. The arguments are passed to the
@@ -53,8 +53,8 @@ cleanup()
 	done
 }
 
-# Load a module unless it is there, and remember to unload it. A missing module is
-# not an error: it may be built in.
+# Load a module unless it is loaded, and remember to unload it. A missing module
+# is not an error: it may be built in.
 load()
 {
 	[ -e "/sys/module/$1" ] && return
@@ -75,7 +75,7 @@ setup_fs()
 	MNT=$(mktemp -d) || return
 	load brd
 	blkid -p "$RAMDISK" >/dev/null 2>&1
-	# 2: nothing was found. Otherwise it may be in use, or there is no blkid.
+	# 2: nothing was found. Otherwise the disk may be in use, or there is no blkid.
 	if [ $? -eq 2 ] && [ -b "$RAMDISK" ] &&
 	   mkfs.ext2 -q "$RAMDISK" >/dev/null 2>&1; then
 		RAMDISK_USED=1
@@ -102,7 +102,7 @@ esac
 ip link add "$NETDEV" type dummy 2>/dev/null || ksft_skip "no dummy network devices"
 ip link set "$NETDEV" up
 rdma link add "$DEV" type "$DRIVER" netdev "$NETDEV" 2>/dev/null ||
-	ksft_skip "no device of $DRIVER"
+	ksft_skip "cannot create a $DRIVER device"
 for _ in $(seq 50); do
 	[ ! -c "$(uverbs_dev)" ] || break
 	sleep 0.1

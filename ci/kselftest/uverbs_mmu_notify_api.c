@@ -94,7 +94,7 @@ TEST_F(api, core_support)
 	close(ctx);
 }
 
-/* Interface: QUERY_CONTEXT returns the same bits if the driver implements it. */
+/* Interface: QUERY_CONTEXT returns the same bits if the driver has it. */
 TEST_F(api, query_context)
 {
 	uint64_t got = 0, queried = 0;
@@ -248,7 +248,10 @@ TEST_F(api, memory_that_cannot_be_pinned)
 	EXPECT_QUIET(&self->notify);
 }
 
-/* G3: No event for one that fails after the pin, even if the MR was born stale. */
+/*
+ * G3: No event for a registration that fails after the pin, even if the MR was
+ * born stale.
+ */
 TEST_F(api, response_that_faults)
 {
 	char *zero = mmap(NULL, self->page, PROT_READ | PROT_WRITE,
@@ -365,7 +368,7 @@ TEST_F(api, rereg)
 		  command(self->notify.ctx, IB_USER_VERBS_CMD_REREG_MR, &in,
 			  sizeof(in), &out, sizeof(out)));
 
-	/* It is still watched. */
+	/* The first MR is still watched. */
 	UNMAP(0, 2);
 	EXPECT_EVENT(&self->notify, COOKIE, PAGE(0), PAGE(1), UNMAPPED);
 	EXPECT_EQ(1, mr_destroy(self->notify.ctx, &mr));
@@ -420,7 +423,7 @@ TEST_F(api, events_have_cpu_addresses)
 	EXPECT_EVENT(&self->notify, COOKIE, PAGE(1), PAGE(2), UNMAPPED);
 }
 
-/* G2: The generation has advanced when the call returns, once for each event. */
+/* G2: The generation has advanced when the call returns, once per event. */
 TEST_F(api, generation)
 {
 	char *map = pages_map(_metadata, &self->notify, 100);
@@ -438,8 +441,8 @@ TEST_F(api, generation)
 }
 
 /*
- * G4: Invalidations merge into the pending event, which has the range and the
- * reasons of all, and the generation of the first.
+ * G4: Invalidations merge into the pending event. It has the range and the
+ * reasons of all of them, and the generation of the first.
  */
 TEST_F(api, merge)
 {
@@ -462,7 +465,7 @@ TEST_F(api, merge)
 	EXPECT_QUIET(&self->notify);
 }
 
-/* G4: A merged invalidation does not advance the generation. The next event does. */
+/* G4: Merging does not advance the generation. The next event does. */
 TEST_F(api, merge_keeps_generation)
 {
 	struct ib_uverbs_mmu_notify_event e[3];
@@ -789,7 +792,7 @@ FIXTURE_TEARDOWN(born_stale)
 	notify_close(&self->notify);
 }
 
-/* G3: Pages that the pin replaces are reported. The next registration is clean. */
+/* G3: Pages that the pin replaces are reported. The next MR is clean. */
 TEST_F(born_stale, registered)
 {
 	struct mr mr = MR(0, 2), again;
@@ -811,7 +814,7 @@ TEST_F(born_stale, registered)
  * read()
  */
 
-/* Registers eight-byte MRs, with the index as cookie, and unmaps them. */
+/* Registers eight-byte MRs, with the index as cookie, and unmaps the pages. */
 static void invalidate(struct __test_metadata *_metadata, struct notify *notify,
 		       struct mr *mrs, int count)
 {
@@ -827,8 +830,9 @@ static void invalidate(struct __test_metadata *_metadata, struct notify *notify,
 }
 
 /*
- * Check that each MR has one event: @read of them in @events, in order of
- * generation, the others pending; and that MR_DESTROY returns matching counts.
+ * Check that each MR has one event, and that MR_DESTROY returns matching
+ * counts. @events has the first @read of these events, in order of generation.
+ * The others are pending.
  */
 static void expect_all(struct __test_metadata *_metadata, struct notify *notify,
 		       const void *events, int read, struct mr *mrs, int count)
@@ -971,7 +975,7 @@ TEST_F(api, read_buffer_faults_half_way)
 		char *map, *buffer;
 		ssize_t got;
 
-		/* The first page is not populated, the second not accessible. */
+		/* The first page is not populated, the second inaccessible. */
 		map = mmap(NULL, 2 * self->page, PROT_READ | PROT_WRITE,
 			   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		ASSERT_NE(MAP_FAILED, map);
@@ -991,7 +995,7 @@ TEST_F(api, read_buffer_faults_half_way)
 	}
 }
 
-/* Interface: readv() is one read(), which does not wait after the first event. */
+/* Interface: readv() is one read(), and does not wait after the first event. */
 TEST_F(api, readv)
 {
 	struct ib_uverbs_mmu_notify_event e[3];
@@ -1005,7 +1009,7 @@ TEST_F(api, readv)
 	EXPECT_ALL(e, 1, mrs, 1);
 }
 
-/* Interface: The segments of readv() are one buffer. Events may straddle them. */
+/* Interface: The segments of readv() are one buffer; events may straddle. */
 TEST_F(api, readv_straddles)
 {
 	struct ib_uverbs_mmu_notify_event e[20];
@@ -1083,7 +1087,7 @@ TEST_F(api, preadv2_nowait)
 	EXPECT_ALL(e, 1, mrs, 1);
 }
 
-/* Interface: io_uring waits unless RWF_NOWAIT is set. O_NONBLOCK does not matter. */
+/* Interface: io_uring waits unless RWF_NOWAIT is set, also with O_NONBLOCK. */
 TEST_F(api, io_uring_read)
 {
 	struct ib_uverbs_mmu_notify_event e[2];
@@ -1117,9 +1121,7 @@ TEST_F(api, io_uring_read)
 	EXPECT_EQ(2, mr_destroy(self->notify.ctx, &mr));
 }
 
-/*
- * A buffer of two pages. When one is faulted in, a thread drops the other.
- */
+/* A buffer of two pages. When one is faulted in, a thread drops the other. */
 struct unstable {
 	int uffd;
 	char *pages;
@@ -1160,8 +1162,8 @@ static void ignore_signal(int sig)
 }
 
 /*
- * G4: If the buffer can be faulted in but never written, read() gives up with EFAULT.
- * Signals do not interrupt it.
+ * G4: If the buffer can be faulted in but never written, read() gives up with
+ * EFAULT. Signals do not interrupt it.
  */
 TEST_F(api, read_buffer_unstable)
 {
@@ -1226,9 +1228,9 @@ TEST_F(api, no_write_and_no_position)
 }
 
 /*
- * The second page of the buffer can never be written, so read() returns a short count
- * while events are pending. A reader that treats a short count as an empty queue
- * would use stale entries.
+ * The second page of the buffer can never be written, so read() returns a short
+ * count while events are pending. A reader that treats a short count as an
+ * empty queue would use stale entries.
  */
 
 #define SHORT_MRS	40
@@ -1355,7 +1357,7 @@ TEST_F(short_count, stop_at_short_count)
 	EXPECT_EQ(POLLIN, fd.revents);
 }
 
-/* G4: A reader that drains until EAGAIN sees the fault, and then finds the rest. */
+/* G4: A reader that drains until EAGAIN sees the fault, then finds the rest. */
 TEST_F(short_count, drain_until_eagain)
 {
 	struct ib_uverbs_mmu_notify_event events[SHORT_MRS / 2];
@@ -1500,7 +1502,7 @@ TEST_F(api, readers_woken)
 	EXPECT_QUIET(&self->notify);
 }
 
-/* G6: A reader that is stuck in a fault on its buffer leaves the event to others. */
+/* G6: A reader stuck in a fault on its buffer leaves the event to another. */
 TEST_F(api, reader_stuck)
 {
 	struct sleeper stuck = { .notify = &self->notify };
@@ -1530,7 +1532,7 @@ TEST_F(api, reader_stuck)
 	expect_woken(_metadata, &stuck, -EIO);
 }
 
-/* G6: The end of the context wakes all. */
+/* G6: The end of the context wakes all readers and pollers. */
 TEST_F(api, end_of_context_wakes_all)
 {
 	struct sleeper sleepers[4];

@@ -2,7 +2,8 @@
 /*
  * What MMU notification reports for each change of the mapping under an MR, by
  * kind of memory. Each test covers one row, or a few, of the table in
- * Documentation/infiniband/user_mmu_notify.rst, and prints each in this form:
+ * Documentation/infiniband/user_mmu_notify.rst, and prints each row in this
+ * form:
  *
  *   # row <row> / <memory>: <reasons>, units <a>-<b>, <pages>[ (<error>)], <verdict>
  *   # row <row> / <memory>: quiet[ (<error>)], <verdict>
@@ -12,15 +13,19 @@
  * must be reported, or it must not be reported. Otherwise the outcome is only
  * "logged". In both cases an event must be within the MR and have advanced the
  * generation. Pages without an event must still be mapped, according to
- * /proc/self/pagemap, so a quiet row is always checked. Reported pages are "kept" if
- * they are still mapped, otherwise "lost". A test without a checked row skips. The
- * last line is:
+ * /proc/self/pagemap, so a quiet row is always checked. Reported <pages> are
+ * "kept" if they are still mapped, "lost" if they are not, and "unknown" if
+ * pagemap could not be read. A test without a checked row skips. The last line
+ * is:
  *
  *   # rows: checked <n>, logged <n>, skipped <n>
  *
- * Not covered, because nothing triggers them reliably: a mremap() that fails after
- * it began to move; a race that khugepaged loses; the OOM reaper, which does
- * the same as process_mrelease(); reclaim of a page in the swap cache.
+ * Not covered, because nothing triggers them reliably:
+ *
+ *  - a mremap() that fails after it began to move;
+ *  - a race that khugepaged loses;
+ *  - the OOM reaper, which does the same as process_mrelease();
+ *  - reclaim of a page in the swap cache.
  */
 #include <linux/fs.h>
 #include <linux/memfd.h>
@@ -41,7 +46,7 @@
 
 #define HUGE_2M		(2UL << 20)
 
-/* A mapping has five units, which are pages or huge pages. The MR is 1 to 3. */
+/* A mapping has 5 units (pages or huge pages). The MR covers units 1 to 3. */
 #define UNITS	5
 #define FROM	1
 #define TO	4
@@ -75,7 +80,9 @@ static const struct memory file_private = {
 	.name = "file_private", .flags = MAP_PRIVATE, .file = DISK,
 };
 
-/* Shared and writable, it would be dirty-tracked and could not be pinned. */
+/*
+ * A shared and writable mapping would be dirty-tracked and could not be pinned.
+ */
 static const struct memory file_ro = {
 	.name = "file_ro", .flags = MAP_SHARED, .file = DISK, .read_only = true,
 };
@@ -141,8 +148,8 @@ static bool pagemap_read(uint64_t addr, uint64_t *entries, size_t count)
 }
 
 /*
- * Remember the pages of the MR. Entries of reported pages are zeroed: they may change
- * without another event.
+ * Remember the pages of the MR. pages_forget() zeroes the entries of reported
+ * pages: these pages may change without another event.
  */
 static void pages_track(struct row *row)
 {
@@ -257,8 +264,8 @@ static void row_skipped(const char *name, const struct memory *memory,
 } while (0)
 
 /*
- * A row whose event may be a false alarm. @ret is the result of the call; EINVAL and
- * EOPNOTSUPP mean that it does not apply to this memory.
+ * A row whose event may be a false alarm. @ret is the result of the call;
+ * EINVAL and EOPNOTSUPP mean that the call does not apply to this memory.
  */
 #define ROW_LOGGED(name, ret) do {					\
 	int _err = (ret) < 0 ? errno : 0;				\
@@ -439,7 +446,7 @@ static void row_map(struct __test_metadata *_metadata, struct row *row,
 		if (row->fd < 0)
 			ROW_SKIP(return, "no file system in TEST_DIR");
 	}
-	/* Children copy pinned pages, without a reserve. */
+	/* fork() copies pinned huge pages, and the child has no reservation. */
 	if (is_hugetlb(row) && file_number(FREE_HUGEPAGES, "") < 3 * UNITS)
 		ROW_SKIP(return, "too few huge pages");
 	row->map = find_room(row, 2 * UNITS);
@@ -665,7 +672,7 @@ TEST_F(any_memory, process_madvise)
 	REPORTED(MAYBE_STALE, 2, 4);
 }
 
-/* G1: madvise() by a kernel thread, for io_uring. */
+/* G1: madvise() by an io_uring worker. */
 TEST_F(any_memory, io_uring_madvise)
 {
 	struct row *row = &self->row;
@@ -726,7 +733,7 @@ TEST_F(any_memory, soft_dirty)
 	QUIET();
 }
 
-/* The write splits a transparent huge page. */
+/* A write to a write-protected transparent huge page splits it. */
 #define WRITE_PROTECTED() do {						\
 	if (row->memory == &thp)					\
 		LOGGED(0);						\
@@ -819,8 +826,8 @@ TEST_F(any_memory, pkey_mprotect)
 }
 
 /*
- * G7: fork() and later writes. Pinned pages are copied for the child. Private huge
- * pages cause false alarms.
+ * G7: fork() and later writes. Pinned pages are copied for the child. Private
+ * huge pages cause false alarms.
  */
 TEST_F(any_memory, fork)
 {
@@ -859,7 +866,7 @@ TEST_F(any_memory, fork_child_changes)
 	QUIET();
 }
 
-/* G7: madvise() of the whole mapping, which does not split it, is not reported. */
+/* G7: madvise() that does not split the mapping is not reported. */
 TEST_F(any_memory, madvise_hints)
 {
 	static const struct {
@@ -925,7 +932,7 @@ TEST_F(any_memory, madv_pageout)
 	LOGGED(madvise(AT(0), LEN(UNITS), MADV_PAGEOUT));
 }
 
-/* A memory node without the page, or -1. */
+/* A NUMA node without the page, or -1. */
 static int other_node(void *page)
 {
 	int status = -1, node;
@@ -951,7 +958,7 @@ TEST_F(any_memory, move_pages)
 	void *page = AT(2);
 
 	if (node < 0)
-		ROW_SKIP(return, "only one memory node");
+		ROW_SKIP(return, "only one NUMA node");
 	ret = syscall(__NR_move_pages, 0, 1, &page, &node, &status,
 		      MPOL_MF_MOVE);
 	if (status < 0 && ret >= 0) {
@@ -969,7 +976,7 @@ TEST_F(any_memory, mbind)
 	unsigned long mask = 1UL << node;
 
 	if (node < 0)
-		ROW_SKIP(return, "only one memory node");
+		ROW_SKIP(return, "only one NUMA node");
 	LOGGED(syscall(__NR_mbind, AT(0), LEN(UNITS), MPOL_BIND, &mask, 8,
 		       MPOL_MF_MOVE | MPOL_MF_STRICT));
 }
@@ -1084,8 +1091,8 @@ FIXTURE_TEARDOWN(balanced)
 }
 
 /*
- * G7: NUMA hinting. The task scans its own memory after it has run for a while. The
- * first scans may skip a mapping.
+ * G7: NUMA hinting. The task scans its own memory after it has run for a while.
+ * The first scans may skip a mapping.
  */
 TEST_F_TIMEOUT(balanced, numa_hinting, 300)
 {
@@ -1104,7 +1111,7 @@ TEST_F_TIMEOUT(balanced, numa_hinting, 300)
 	size_t i;
 
 	if (other_node(AT(0)) < 0)
-		ROW_SKIP(return, "only one memory node");
+		ROW_SKIP(return, "only one NUMA node");
 	for (i = 0; i < ARRAY_SIZE(knobs); i++) {
 		was[i] = file_number(knobs[i].path, "");
 		if (was[i] < 0 || file_write(knobs[i].path, knobs[i].value))
@@ -1236,8 +1243,9 @@ TEST_F(shared, remap_file_pages)
 }
 
 /*
- * The owner of an address space. The FDs stay open in another process, which can
- * read the generation when the address space is torn down, but not the events.
+ * The owner of an address space. The FDs stay open in another process. When the
+ * address space is torn down, that process can load the generation, but cannot
+ * read the events.
  */
 struct owner {
 	pid_t pid;
@@ -1313,7 +1321,7 @@ static void owner_reported(struct __test_metadata *_metadata,
 	printf("# row %s / %s: %s, checked\n", _metadata->name, memory,
 	       now == owner->notify.seen ? "quiet" : "reported");
 	fflush(stdout);
-	/* It advances only once, as nobody can read the event. */
+	/* The generation advances only once, as nobody can read the event. */
 	EXPECT_EQ(owner->notify.seen + reported, now);
 	EXPECT_EQ(-EPERM, events_read(&owner->notify, &e, 1));
 	__atomic_fetch_add(&totals->checked, 1, __ATOMIC_RELAXED);
@@ -1348,7 +1356,7 @@ FIXTURE_TEARDOWN(mm_teardown)
 	notify_close(&self->owner.notify);
 }
 
-/* G8: Exit of the owner. G2: The generation advances before the memory is freed. */
+/* G8: Exit of the owner. G2: The generation advances before memory is freed. */
 TEST_F(mm_teardown, exit)
 {
 	ASSERT_EQ(1, write(self->owner.sock, "x", 1));
@@ -1371,8 +1379,8 @@ TEST_F(mm_teardown, exec)
 }
 
 /*
- * G1: process_mrelease() of a process that is stopped in exit, before it releases
- * its memory. Shared memory and hugetlb are not reaped.
+ * G1: process_mrelease() of a process that is stopped in exit, before it
+ * releases its memory. Shared memory and hugetlb are not reaped.
  */
 TEST_F(mm_teardown, process_mrelease)
 {
@@ -1547,8 +1555,8 @@ static const struct memory private_file = {
 };
 
 /*
- * G3: The pin of a registration for reading copies the pages of the file, so the MR
- * is born stale. A later write replaces no page.
+ * G3: The pin of a registration for reading copies the pages of the file, so
+ * the MR is born stale. A later write replaces no page.
  */
 TEST_F(custom_memory, private_file_page)
 {
@@ -1567,7 +1575,7 @@ TEST_F(custom_memory, private_file_page)
 
 static const struct memory rodata = { .name = "rodata" };
 
-/* G3: The same for constants of the program. The next registration is clean. */
+/* G3: Constants of the program are also born stale. The next MR is clean. */
 TEST_F(custom_memory, rodata)
 {
 	static const char constant[] = "constant";
@@ -1585,7 +1593,7 @@ TEST_F(custom_memory, rodata)
 
 #define KSM	"/sys/kernel/mm/ksm/"
 
-/* Let KSM merge the pages. Returns whether it has tried. */
+/* Let KSM merge the pages. Returns whether KSM has tried. */
 static bool ksm_run(struct row *row)
 {
 	long long run = file_number(KSM "run", "");
@@ -1639,7 +1647,7 @@ TEST_F_TIMEOUT(custom_memory, ksm_page, 300)
 	ROW_QUIET("ksm_page_written");
 }
 
-/* G3: The same, registered for reading. */
+/* G3: Merged pages that are registered for reading are also born stale. */
 TEST_F_TIMEOUT(custom_memory, ksm_page_read_only, 300)
 {
 	struct row *row = &self->row;
@@ -1710,7 +1718,7 @@ static long long uprobe_type(void)
 	return file_number("/sys/bus/event_source/devices/uprobe/type", "");
 }
 
-/* G1: The instruction is replaced when a probe is added, and when it is removed. */
+/* G1: Adding a uprobe, and removing it, replaces the instruction. */
 TEST_F(custom_memory, uprobe)
 {
 	struct perf_event_attr attr = {
@@ -1746,8 +1754,8 @@ TEST_F(custom_memory, uprobe)
 }
 
 /*
- * One huge page, or as many base pages, of which the MR is 16 to 19. Returns whether
- * the test is to be skipped.
+ * Map one huge page, or the same range with base pages. The MR covers base
+ * pages 16 to 19. Returns whether the test is to be skipped.
  */
 static int part_setup(struct __test_metadata *_metadata, struct row *row,
 		      bool huge)
@@ -1842,7 +1850,7 @@ TEST_F(custom_memory, hmm_migrate)
 	struct row *row = &self->row;
 
 	if (access("/dev/hmm_dmirror0", F_OK))
-		ROW_SKIP(return, "no test of HMM: modprobe test_hmm");
+		ROW_SKIP(return, "test_hmm is not loaded");
 	if (custom_prepare(_metadata, row, &anon))
 		return;
 	/* The device finds no page that it can migrate. */
@@ -1853,17 +1861,17 @@ TEST_F(custom_memory, hmm_migrate)
 	ROW_LOGGED("hmm_migrate_back", 0);
 }
 
-/* G7: Exclusive access by a device. An access by the CPU ends that. */
+/* G7: Exclusive access by a device lasts until the CPU accesses the page. */
 TEST_F(custom_memory, hmm_exclusive)
 {
 	struct row *row = &self->row;
 
 	if (access("/dev/hmm_dmirror0", F_OK))
-		ROW_SKIP(return, "no test of HMM: modprobe test_hmm");
+		ROW_SKIP(return, "test_hmm is not loaded");
 	if (custom_prepare(_metadata, row, &anon))
 		return;
 	ASSERT_EQ(0, hmm(row, HMM_DMIRROR_EXCLUSIVE));
-	/* The pages do not change, but are unmapped until the CPU accesses them. */
+	/* The pages stay, but are unmapped until the CPU accesses them. */
 	pages_forget(row, (uintptr_t)AT(FROM), (uintptr_t)AT(TO));
 	QUIET();
 	touch(row, AT(0), UNITS);
@@ -1871,8 +1879,8 @@ TEST_F(custom_memory, hmm_exclusive)
 }
 
 /*
- * Rows for any kind of memory. They come last: a huge page with a poisoned page in it
- * may be used again.
+ * Rows that poison pages of any kind of memory. They come last: a huge page
+ * with a poisoned page in it may be allocated again.
  */
 FIXTURE(poisoned)
 {
@@ -1907,7 +1915,7 @@ static void ignore_signal(int sig)
 {
 }
 
-/* G1: Memory failure. A pinned transparent huge page cannot be split, and stays. */
+/* G1: Memory failure. A pinned THP cannot be split, so it stays. */
 TEST_F(poisoned, madv_hwpoison)
 {
 	struct row *row = &self->row;
@@ -1918,14 +1926,14 @@ TEST_F(poisoned, madv_hwpoison)
 	signal(SIGBUS, ignore_signal);
 	ret = madvise(AT(2), getpagesize(), MADV_HWPOISON);
 	if (ret && (errno == EINVAL || errno == EPERM))
-		ROW_SKIP(return, "no memory failure");
+		ROW_SKIP(return, "memory failure handling is not available");
 	if (row->memory == &thp)
 		LOGGED(ret);
 	else
 		REPORTED(MAYBE_STALE, 2, 3);
 }
 
-/* G1: Soft offlining of a page that is not poisoned. It skips pinned pages. */
+/* G1: Soft offlining of a page that is not poisoned skips pinned pages. */
 TEST_F(poisoned, madv_soft_offline)
 {
 	struct row *row = &self->row;

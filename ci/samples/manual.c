@@ -92,7 +92,7 @@ int main(void)
 	struct entry *d = cache_register(&c, memory[2], 16);
 	struct ib_uverbs_mmu_notify_event in_hand;
 
-	/* Without a change a look-up reads nothing. */
+	/* Without a change a lookup reads nothing. */
 	CHECK(cache_find(&c, memory[0], 16) == a && cache_find(&c, memory[1] + 1, 8) == b);
 	CHECK(entry_is_current(&c, a) && reads == 0);
 

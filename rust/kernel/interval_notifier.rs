@@ -2,21 +2,21 @@
 
 //! Interval notifiers: callbacks for changes to the mapping of a range of user addresses.
 //!
-//! An interval notifier observes one range of one address space, an [`Mm`](super::Mm). The mm calls
-//! [`IntervalNotifierCallback::invalidate`] before it clears or changes a page table entry in the
-//! range, and waits for the callback to return.
+//! An interval notifier observes one range of one address space, an [`Mm`](super::Mm). Memory
+//! management calls [`IntervalNotifierCallback::invalidate`] before it removes or replaces a page
+//! table entry in the range, or restricts access through it, and waits for the callback to return.
 //!
 //! The object to notify embeds an [`IntervalNotifier`] and implements [`HasIntervalNotifier`] (by
 //! [`impl_has_interval_notifier!`]) and [`IntervalNotifierCallback`]. [`Registration::insert`]
-//! consumes the only reference to it, so it cannot be inserted twice. The [`Registration`] that it
-//! returns owns a reference for as long as callbacks can run.
+//! consumes the only reference to the object, so an object cannot be inserted twice. The result is
+//! a [`Registration`], which owns a reference to the object for as long as callbacks can run.
 //!
 //! # Which changes invoke the callback
 //!
 //! The callback is not invoked for a change that was already running at [`Registration::insert`],
-//! and possibly not for changes that begin while it is still running. Call
+//! and possibly not for changes that begin while that change is still running. Call
 //! [`Registration::wait_for_in_flight`] before reading the page tables, for example to pin pages.
-//! After that, every change either has completed or invokes the callback.
+//! After that, every such change either has completed or invokes the callback.
 //!
 //! # Examples
 //!
@@ -111,7 +111,7 @@ use core::{
 
 /// Why a range is invalidated.
 ///
-/// Wraps [`enum mmu_notifier_event`]. More values than the constants below may occur.
+/// Wraps [`enum mmu_notifier_event`]. Other values than the constants below may occur.
 ///
 /// [`enum mmu_notifier_event`]: srctree/include/linux/mmu_notifier.h
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,8 +144,8 @@ impl Event {
 
 /// The event and the range of an invalidation.
 ///
-/// Wraps [`struct mmu_notifier_range`]. The range may reach beyond that of the notifier. Whether
-/// the invalidation may sleep is not exposed: a callback must never sleep.
+/// Wraps [`struct mmu_notifier_range`]. The range may reach beyond that of the notifier. The flag
+/// that says whether the callback may sleep is not exposed: a callback must never sleep.
 ///
 /// [`struct mmu_notifier_range`]: srctree/include/linux/mmu_notifier.h
 #[repr(transparent)]
@@ -270,7 +270,7 @@ pub use impl_has_interval_notifier;
 
 /// The callbacks of an object with an [`IntervalNotifier`].
 pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static {
-    /// Called before page table entries in the range of the notifier change.
+    /// Called before page table entries in the range of the notifier change, see the [module].
     ///
     /// May run concurrently with itself, and runs again when the same addresses change again. When
     /// the address space is torn down it runs with [`Event::RELEASE`] first, and then with
@@ -283,6 +283,7 @@ pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static 
     /// except with [`GFP_NOWAIT`], and must not take a lock under which a [`Registration`] is
     /// inserted, waited for or dropped.
     ///
+    /// [module]: crate::mm::interval_notifier
     /// [`GFP_NOWAIT`]: crate::alloc::flags::GFP_NOWAIT
     fn invalidate(this: ArcBorrow<'_, Self>, invalidation: &Invalidation);
 
@@ -296,20 +297,22 @@ pub trait IntervalNotifierCallback: HasIntervalNotifier + Send + Sync + 'static 
 
 /// The insertion of an object into the notifier tree of an address space.
 ///
-/// Dropping it removes the object from the tree and waits uninterruptibly for running callbacks. It
-/// may also wait for unrelated invalidations in the same address space, including the callbacks of
-/// other subscribers. It must not be dropped in a callback, nor while holding a lock that a
-/// callback or the invalidating task takes; lockdep only catches the locks taken in callbacks. It
-/// can be dropped after the address space has been torn down: it keeps the `mm_struct` alive, but
-/// not the mappings.
+/// Dropping a registration removes the object from the tree and waits uninterruptibly for running
+/// callbacks. The drop may also wait for unrelated invalidations in the same address space,
+/// including the callbacks of other subscribers.
+///
+/// A registration must not be dropped in a callback, nor while holding a lock that a callback or
+/// the invalidating task takes; lockdep only catches the locks taken in callbacks. It can be
+/// dropped after the address space has been torn down: it keeps the `mm_struct` alive, but not the
+/// mappings.
 ///
 /// [`mem::forget()`](core::mem::forget) leaks the object and the `mm_struct`, but is sound, unless
 /// the module that contains the callbacks is unloaded.
 ///
 /// # Invariants
 ///
-/// The notifier in `inner` is inserted: it is in the tree of the address space, or is added to it
-/// when the running invalidations end. No other registration contains it.
+/// The notifier in `inner` is inserted: it is in the tree of the address space, or is added to the
+/// tree when the running invalidations end. No other registration contains this notifier.
 #[must_use = "dropping it ends the observation"]
 pub struct Registration<T: IntervalNotifierCallback> {
     inner: Arc<T>,
@@ -342,8 +345,8 @@ impl<T: IntervalNotifierCallback> Registration<T> {
 
         // SAFETY:
         // - `inner` is a valid object, and the notifier in it is pinned because an `Arc` is.
-        // - It is not in a tree: the object was in a `UniqueArc`, while an object in a tree is in
-        //   an `Arc` that a `Registration` owns.
+        // - The notifier is not in a tree: the object was in a `UniqueArc`, while an object in a
+        //   tree is in an `Arc` that a `Registration` owns.
         // - `mm_users` is not zero by the type invariants of `MmWithUser`.
         // - `ops` is static, and `invalidate()` expects a notifier in a `T`.
         to_result(unsafe {
@@ -356,8 +359,8 @@ impl<T: IntervalNotifierCallback> Registration<T> {
             )
         })?;
 
-        // INVARIANT: It was just inserted, and only `drop()` removes it. Its `UniqueArc` was
-        // consumed, so no other registration contains it.
+        // INVARIANT: The notifier was just inserted, and only `drop()` removes it. The `UniqueArc`
+        // of the object was consumed, so no other registration contains it.
         Ok(Self { inner })
     }
 
@@ -418,8 +421,8 @@ impl<T: IntervalNotifierCallback> Registration<T> {
         let object = unsafe { T::notifier_container_of(notifier.cast_const().cast()) };
 
         // SAFETY: The object is in an `Arc`. `insert()`, and then the registration, own a reference
-        // to it until the notifier has been removed, which waits for this callback. While that
-        // reference exists no `UniqueArc` to the object can be created.
+        // to the object until the notifier has been removed, and the removal waits for this
+        // callback. While that reference exists no `UniqueArc` to the object can be created.
         let object = unsafe { ArcBorrow::from_raw(object) };
 
         // SAFETY: The C side passes a valid range, which is constant during the callback.
@@ -450,14 +453,15 @@ unsafe impl<T: IntervalNotifierCallback> ForeignOwnable for Registration<T> {
     fn into_foreign(self) -> *mut c_void {
         let this = ManuallyDrop::new(self);
 
-        // SAFETY: `this` is not dropped, so that this is the only use of its reference.
+        // SAFETY: `this` is not dropped, so this is the only use of its reference.
         unsafe { core::ptr::read(&this.inner) }.into_foreign()
     }
 
     unsafe fn from_foreign(ptr: *mut c_void) -> Self {
         // INVARIANT: The `Arc` is that of a registration, which was not dropped.
         Self {
-            // SAFETY: The caller promises that `ptr` came from `into_foreign()`, used once.
+            // SAFETY: The caller promises that `ptr` came from `into_foreign()` and is not used
+            // again.
             inner: unsafe { Arc::from_foreign(ptr) },
         }
     }
@@ -475,8 +479,10 @@ unsafe impl<T: IntervalNotifierCallback> ForeignOwnable for Registration<T> {
 
 /// Sets up the notifier tree of `mm`, so that [`Registration::insert`] need not.
 ///
-/// The tree stays as long as the `mm_struct`. Unlike inserting and removing a notifier, this does
-/// not wait for invalidations. Fails with `EINTR` if a signal is pending, and with `ENOMEM`.
+/// The tree lives as long as the `mm_struct`. If there is one already, this function does nothing.
+/// Otherwise it takes all locks of the address space (`mm_take_all_locks()`), so it waits for
+/// changes of the mapping that hold one of these locks. In that case it can fail with `EINTR`, if a
+/// signal is pending, and with `ENOMEM`.
 ///
 /// # Context
 ///
@@ -489,8 +495,8 @@ pub fn prepare(mm: &MmWithUser) -> Result {
     };
     let notifier = Opaque::uninit();
 
-    // The C function sets up the tree if there is none, and then refuses to insert a notifier for
-    // an empty range.
+    // The C function sets up the tree if there is none. Then it refuses to insert a notifier for an
+    // empty range.
     //
     // SAFETY:
     // - `notifier` is valid for writes, and is not inserted.
@@ -761,7 +767,7 @@ mod tests {
         Ok(())
     }
 
-    /// An insertion is deferred while an invalidation runs that has invoked a callback.
+    /// An insertion is deferred while an invalidation that has invoked a callback is running.
     #[test]
     fn deferred_insertion() -> Result {
         let mm = mm()?;
@@ -784,7 +790,7 @@ mod tests {
         Ok(())
     }
 
-    /// `prepare()` does not wait for invalidations.
+    /// If there is a tree already, `prepare()` does not wait for invalidations.
     #[test]
     fn prepare_does_not_wait() -> Result {
         let mm = mm()?;

@@ -9,29 +9,47 @@
 //! # Registration
 //!
 //! 1. Allocate the watch and insert its notifier.
-//! 2. Wait for the running invalidations of the address space. Later ones invoke the callback of
-//!    the watch.
+//! 2. Wait for the running invalidations of the address space. Later invalidations invoke the
+//!    callback of the watch.
 //! 3. The driver pins the pages.
 //! 4. Finalize the uobject and copy all responses to userspace.
 //! 5. The watch goes live. If it has recorded an invalidation since step 1, the MR is *born stale*:
 //!    an event is queued at once. Neither this step nor anything after it can fail.
 //!
-//! If an earlier step fails, the watch is stopped. No event has been queued for it.
-//!
 //! So each change of the mapping either completes before the pages are pinned or is reported.
+//!
+//! If one of the steps 1 to 4 fails, the watch is stopped. No event has been queued for it.
 //!
 //! # States
 //!
 //! A watch is *registering* until step 5, then *live*, and finally *stopped*. Only a live watch
-//! queues events. A queue is *closed* when its context, its device or its file goes away, whichever
-//! is first: the generation advances one last time, and no more events are delivered. The watches
-//! of the queue remain until their MRs are deregistered.
+//! queues events. A queue is *closed* when the first of its context, its device and its file goes
+//! away: the generation advances one last time, and no more events are delivered. The watches of
+//! the queue remain until their MRs are deregistered.
 //!
 //! # Deregistration
 //!
 //! The driver's `dereg_mr` comes first, so that the device does not access unwatched pages. Then
 //! the watch is stopped: its notifier is removed, which waits for running callbacks, and a pending
 //! event is dropped. The result is the number of delivered events.
+//!
+//! # Guarantees
+//!
+//! The comment at each test names the guarantee that it checks:
+//!
+//! - G1, nothing missed: every change that can make a live MR stale is reported.
+//! - G2, in time: when the call that makes the change returns, the generation has advanced, or an
+//!   event that covers the change is pending.
+//! - G3, registration: a change during a registration completes before the pages are pinned, or is
+//!   reported. A registration that fails queues no event.
+//! - G4, nothing lost: later changes merge into the pending event of the MR. A read() that fails
+//!   consumes no event.
+//! - G5, exact count: deregistration returns the number of delivered events. No event is delivered
+//!   afterwards.
+//! - G6, waits: no wake-up is lost. An invalidation waits for at most one batch of events.
+//! - G7, quiet: changes of protection and similar events are not reported.
+//! - G8, lifetimes: close, deregistration, exit, exec, fork and removal of the device are safe in
+//!   any order.
 //!
 //! Locks and references are described in `queue`.
 //!
@@ -67,7 +85,7 @@ use kernel::{
     types::ForeignOwnable, //
 };
 
-// By default the modules of a crate root are searched next to it, among the C files.
+// Without a path the modules of a crate root are searched next to it, among the C files.
 #[path = "uverbs_mmu_notify/queue.rs"]
 mod queue;
 #[path = "uverbs_mmu_notify/state.rs"]
@@ -174,7 +192,8 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_get(queue: *mut bindings::ib_uverbs
     // SAFETY: The caller owns a reference during this call.
     let queue = unsafe { borrow_queue(queue) };
 
-    // One of the two functions that put a reference drops it.
+    // The new reference is dropped by `ib_uverbs_mmu_queue_close_put()` or
+    // `ib_uverbs_mmu_queue_release_put()`.
     let _ = Arc::from(queue).into_foreign();
 }
 
@@ -193,7 +212,7 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_close_put(queue: *mut bindings::ib_
 /// # Safety
 ///
 /// The caller must own a reference to `queue`, an object from [`ib_uverbs_mmu_queue_alloc`], which
-/// this function takes over. From then on the page of the queue must only be used through
+/// this function takes over. After this call the page of the queue must only be used through
 /// references to the page itself.
 #[export]
 pub unsafe extern "C" fn ib_uverbs_mmu_queue_release_put(
@@ -317,7 +336,7 @@ pub unsafe extern "C" fn ib_uverbs_mmu_watch_go_live(watch: *mut bindings::ib_uv
 pub unsafe extern "C" fn ib_uverbs_mmu_watch_stop(
     watch: *mut bindings::ib_uverbs_mmu_watch,
 ) -> u32 {
-    // SAFETY: The pointer comes from `into_foreign()`, and the caller promises that it is used for
-    // the last time.
+    // SAFETY: The pointer comes from `into_foreign()`, and the caller promises that it is not used
+    // again.
     queue::stop(unsafe { <Registration<Watch> as ForeignOwnable>::from_foreign(watch.cast()) })
 }

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Tracepoints of drivers/infiniband/core/uverbs_mmu_notify.rs. The pointer
- * identifies the notification FD, since cookies need not be unique. They are
- * emitted without the queue lock, so those of different tasks can be out of
- * order.
+ * Tracepoints of drivers/infiniband/core/uverbs_mmu_notify.rs. The queue
+ * pointer identifies the notification FD, since cookies need not be unique.
+ * Trace events are emitted without the queue lock, so trace events of different
+ * tasks can be out of order.
  */
 
 #undef TRACE_SYSTEM
@@ -36,7 +36,7 @@ TRACE_DEFINE_ENUM(MMU_NOTIFY_EXCLUSIVE);
 		{ MMU_NOTIFY_MIGRATE, "MIGRATE" },			\
 		{ MMU_NOTIFY_EXCLUSIVE, "EXCLUSIVE" })
 
-/* A watch was started. The range is that of the MR, end not included. */
+/* A watch was started. The range is that of the MR; the end is exclusive. */
 TRACE_EVENT(uverbs_mmu_notify_start,
 	TP_PROTO(const void *queue, u64 cookie, u64 start, u64 end),
 	TP_ARGS(queue, cookie, start, end),
@@ -61,11 +61,11 @@ TRACE_EVENT(uverbs_mmu_notify_start,
 );
 
 /*
- * The mapping under a watched MR changes. The range is the notifier's, which
- * may reach beyond the MR. The generation is the new one, or 0 if it did not
- * advance: the invalidation merged into a pending event, the MR is still being
- * registered, or the FD is closed. Changes of protection and other ignored
- * events are not traced.
+ * The mapping under a watched MR changes. The event and the range are those of
+ * the MMU notifier; the range may reach beyond the MR. The generation is the
+ * new one, or 0 if it did not advance: the invalidation merged into a pending
+ * event, the MR is still being registered, or the FD is closed. Changes of
+ * protection and other ignored events are not traced.
  */
 TRACE_EVENT(uverbs_mmu_notify_invalidate,
 	TP_PROTO(const void *queue, u64 cookie, int event, u64 start, u64 end,
@@ -125,7 +125,7 @@ TRACE_EVENT(uverbs_mmu_notify_deliver,
 		  __entry->end, __entry->generation, __entry->reasons)
 );
 
-/* A watch was stopped, after this number of its events was delivered. */
+/* A watch was stopped. events_reported of its events had been delivered. */
 TRACE_EVENT(uverbs_mmu_notify_stop,
 	TP_PROTO(const void *queue, u64 cookie, u32 events_reported),
 	TP_ARGS(queue, cookie, events_reported),

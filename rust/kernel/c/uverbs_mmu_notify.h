@@ -17,7 +17,8 @@ struct poll_table_struct;
  *
  * A queue collects events and backs one notification FD. It is reference
  * counted, and each watch owns a reference. It is bound to the address space of
- * its creator: only this one can be watched, and only its tasks can read.
+ * its creator: watches cover only that address space, and only its tasks can
+ * read.
  *
  * A watch is owned by the uobject of one MR. It records each change of the
  * mapping that begins after ib_uverbs_mmu_watch_start() has returned, and
@@ -41,9 +42,9 @@ struct ib_uverbs_mmu_queue *ib_uverbs_mmu_queue_alloc(void);
 void ib_uverbs_mmu_queue_get(struct ib_uverbs_mmu_queue *queue);
 
 /*
- * Close the queue and put a reference. Closing wakes readers, advances the
- * generation one last time, and ends delivery. It is idempotent; the reference
- * is put on every call.
+ * Close the queue and put a reference. Closing wakes readers and pollers,
+ * advances the generation one last time, and ends delivery. Closing again has
+ * no effect, but the reference is put on every call.
  */
 void ib_uverbs_mmu_queue_close_put(struct ib_uverbs_mmu_queue *queue);
 
@@ -56,12 +57,12 @@ void ib_uverbs_mmu_queue_release_put(struct ib_uverbs_mmu_queue *queue);
 /*
  * Implement read_iter(): copy events to @to.
  *
- * Return: the number of bytes copied, at least one event and only whole ones.
- * A short count does not mean that the queue is empty. Or an error, and no
+ * Return: the number of bytes copied (whole events, at least one; a short count
+ * does not mean that the queue is empty), or a negative errno, in which case no
  * event was consumed: -EPERM in another address space; -EINVAL if no event
  * fits; -EIO if the queue is closed; -EAGAIN if no event is pending and
- * @nonblock; -ERESTARTSYS if a signal ended the wait for an event; -EFAULT;
- * -EINTR if the task is being killed.
+ * @nonblock; -ERESTARTSYS if a signal ended the wait for an event; -EFAULT if
+ * the buffer cannot be written; -EINTR if the task is being killed.
  */
 ssize_t ib_uverbs_mmu_queue_read(struct ib_uverbs_mmu_queue *queue,
 				 struct iov_iter *to, bool nonblock);
@@ -85,8 +86,8 @@ struct page *ib_uverbs_mmu_queue_page(struct ib_uverbs_mmu_queue *queue);
  * in the current address space, for an MR that is about to be created.
  *
  * Waits uninterruptibly for the running invalidations of the address space.
- * Every change after the pages are pinned is reported. mmap_lock must not be
- * held.
+ * Every change that begins after this function has returned is recorded, and is
+ * reported once the watch is live. mmap_lock must not be held.
  *
  * Return: the watch, which the caller must stop, or an ERR_PTR: -EPERM in
  * another address space than the creator's; -EINVAL if @length is zero or the
@@ -97,20 +98,20 @@ ib_uverbs_mmu_watch_start(struct ib_uverbs_mmu_queue *queue, u64 start,
 			  u64 length, u64 cookie);
 
 /*
- * Start queueing events. What was recorded since ib_uverbs_mmu_watch_start() is
- * queued at once. Does not sleep.
+ * Start queueing events. If a change was recorded since
+ * ib_uverbs_mmu_watch_start(), its event is queued at once. Does not sleep.
  */
 void ib_uverbs_mmu_watch_go_live(struct ib_uverbs_mmu_watch *watch);
 
 /*
  * Stop a watch and free it. A pending event is dropped and not counted.
  *
- * Waits uninterruptibly for the running invalidations of the address space. The
+ * May wait uninterruptibly for running invalidations of the address space. The
  * caller must not hold a lock that is also held across an invalidation, such as
  * mmap_lock.
  *
- * Return: the number of its events that were delivered, modulo 2^32. None is
- * delivered after the return.
+ * Return: the number of events of the watch that were delivered, modulo 2^32.
+ * No event of the watch is delivered after the return.
  */
 u32 ib_uverbs_mmu_watch_stop(struct ib_uverbs_mmu_watch *watch);
 #else

@@ -106,9 +106,9 @@ static int uverbs_mmu_notify_mmap_prepare(struct vm_area_desc *desc)
 	struct ib_uverbs_mmu_notify_file *file = desc->file->private_data;
 
 	/*
-	 * The file is read-only, so mm has refused PROT_WRITE and cleared
-	 * VMA_SHARED and VMA_MAYWRITE. Only MAYSHARE tells a shared mapping
-	 * from a private one.
+	 * The file is read-only, so for a shared mapping mmap() has refused
+	 * PROT_WRITE and cleared VMA_SHARED and VMA_MAYWRITE. Only VMA_MAYSHARE
+	 * tells a shared mapping from a private one.
 	 */
 	if (desc->pgoff || vma_desc_size(desc) != PAGE_SIZE ||
 	    !vma_desc_test(desc, VMA_MAYSHARE_BIT))

@@ -5,26 +5,28 @@
 //! # Events
 //!
 //! A watch has at most one pending event, kept in [`Watch::pending`]. The first invalidation queues
-//! it and advances the generation; both happen under the lock of the queue. Further invalidations
-//! merge into it by compare-exchange. They take no lock and do not advance the generation, which is
-//! already ahead of all delivered events. So they write to nothing but the watch.
+//! the event and advances the generation; both happen under the lock of the queue. Further
+//! invalidations merge into the event by compare-exchange. They take no lock and do not advance the
+//! generation, which is already larger than that of all delivered events. So they write to nothing
+//! but the watch.
 //!
 //! # Locks
 //!
 //! In this order:
 //!
 //! - [`Queue::reader`]: serializes readers while they copy events, so that at most one of them
-//!   contends for `inner`. Not held while a reader waits for events or faults in its buffer.
+//!   holds `inner` for long. Not held while a reader waits for events or faults in its buffer.
 //! - [`Queue::inner`]: also protects the [`State`] of each watch of the queue. Taken by the
 //!   notifier callback. Nothing sleeps, allocates or frees memory under it.
-//! - The lock of the wait queue. A reader takes it under `inner` before it sleeps. Waiters are
-//!   woken without `inner`.
+//! - The lock of the wait queue. A reader takes it under `inner`, before and after it sleeps.
+//!   Waiters are woken without `inner`.
 //!
 //! # References
 //!
-//! A watch owns a reference to its queue. A live watch also owns one to itself, its [`ListArc`]:
-//! queueing an event moves that to the list of the queue, and delivery moves it back, so neither
-//! counts references. It is dropped when the notifier has been removed.
+//! A watch owns a reference to its queue. A live watch also owns a reference to itself, its
+//! [`ListArc`]. Queueing an event moves the `ListArc` to the list of the queue, and delivery moves
+//! it back, so neither counts references. The `ListArc` is dropped when the notifier has been
+//! removed.
 
 use super::{
     state::{
@@ -141,14 +143,14 @@ pub(crate) struct Queue {
 #[derive(Default)]
 struct Batch {
     records: [Record; BATCH],
-    /// What the records were made of.
+    /// The pending events that the records were made from.
     taken: [Pending; BATCH],
 }
 
 /// # Invariants
 ///
-/// - `pending` only contains watches whose `queue` is the one that this belongs to. The [`ListArc`]
-///   of a live watch is there or in [`State::entry`].
+/// - `pending` only contains watches whose `queue` is the one that this `Inner` belongs to. The
+///   [`ListArc`] of a live watch is in `pending` or in [`State::entry`].
 /// - A watch in `pending` has a pending event and is live.
 struct Inner {
     /// Watches with a pending event, in the order of the events' generations.
@@ -172,9 +174,9 @@ enum Phase {
 
 /// The part of a watch that the lock of the queue protects.
 struct State {
-    /// Of the pending event.
+    /// The generation of the pending event.
     generation: u64,
-    /// How many events have been delivered, modulo 2^32.
+    /// The number of events that have been delivered, modulo 2^32.
     delivered: u32,
     phase: Phase,
     /// What goes into the list of the queue. `None` unless the watch is live and not in there.
@@ -183,8 +185,8 @@ struct State {
 
 /// Watches the address range of one MR.
 ///
-/// The field order keeps a merging invalidation within two cache lines: that of the tree node, and
-/// the next.
+/// The order of the fields lets an invalidation that merges touch only two cache lines: that of the
+/// tree node, and the next.
 #[pin_data]
 #[repr(C)]
 pub(crate) struct Watch {
@@ -193,8 +195,8 @@ pub(crate) struct Watch {
     queue: Arc<Queue>,
     /// The pending event, a [`Pending`].
     ///
-    /// It changes to and from [`Pending::NONE`] only under the lock of the queue. Other changes
-    /// only add to the event.
+    /// It changes to and from [`Pending::NONE`] only under the lock of the queue. Without the lock,
+    /// an event only changes to one that covers it.
     pending: Atomic<u64>,
     region: Region,
     cookie: u64,
@@ -227,7 +229,7 @@ pub(crate) trait Buffer {
 
     /// Faults in the memory for the next `count` records, after [`Self::copy`] has failed.
     ///
-    /// Returns for how many of them it succeeded, at least one, or fails with `EFAULT`. May sleep.
+    /// Returns the number of records that now fit, at least one, or fails with `EFAULT`. May sleep.
     fn fault_in(&mut self, count: usize) -> Result<usize>;
 
     /// Reschedules if needed, and returns whether a signal is pending. May sleep.
@@ -239,19 +241,20 @@ impl Inner {
     fn advance(&mut self) -> u64 {
         self.generation += 1;
         if let Some(page) = &self.page {
-            // Release: a reader that loads this value with acquire order finds all events that were
-            // queued before.
+            // Release: a task that loads this value with acquire ordering also sees the `ready`
+            // that was stored before. So `Queue::read()` takes the lock, and finds all events up to
+            // this generation.
             page.generation.store(self.generation, Release);
         }
         self.generation
     }
 
-    /// Copies up to `max` of the oldest events to `buffer` by way of `batch`, counts and removes
-    /// them.
+    /// Delivers up to `max` of the oldest events: copies them to `buffer` by way of `batch`, counts
+    /// them, and removes them from the queue.
     ///
-    /// Atomic under the lock, so that no event is delivered after deregistration has returned the
-    /// count. Returns the number of events: `Ok` if they were delivered, `Err` if the copy failed
-    /// and nothing has changed.
+    /// All of this happens under the lock, so no event is delivered after deregistration has
+    /// returned the count. Returns the number of events: `Ok` if they were delivered, `Err` if the
+    /// copy failed and nothing has changed.
     fn deliver(
         &mut self,
         buffer: &mut impl Buffer,
@@ -267,8 +270,9 @@ impl Inner {
             .take(max)
             .zip(self.pending.iter())
         {
-            // Clear `pending` before the copy: an invalidation either has merged already, or finds
-            // no event and waits for the lock. Relaxed: the lock orders everything else.
+            // Clear `pending` before the copy: an invalidation either has already merged into the
+            // event that is taken here, or finds no event and waits for the lock. Relaxed: the lock
+            // orders everything else.
             *taken = watch.pending.xchg(Pending::NONE.into(), Relaxed).into();
             let generation = watch.state.access(self).generation;
             *record = watch.region.record(*taken, watch.cookie, generation);
@@ -336,9 +340,8 @@ impl Queue {
         )
     }
 
-    /// Calls `f` with the page that holds the generation, or with `None` after [`Self::release`].
-    ///
-    /// The page stays until then.
+    /// Calls `f` with the page that holds the generation, or with `None` after [`Self::release`],
+    /// which frees the page.
     pub(crate) fn with_page<R>(&self, f: impl FnOnce(Option<&CounterPage>) -> R) -> R {
         f(self.inner.lock().page.as_deref())
     }
@@ -353,7 +356,7 @@ impl Queue {
     /// `inner` must not be held. Runs in any context in which a notifier callback may run.
     fn wake(&self) {
         // No wake-up is lost: a reader joins the wait queue under `inner`, a poller before it loads
-        // `ready`, and the barrier in `has_waiters()` orders our stores before its check.
+        // `ready`, and `has_waiters()` has a barrier between our stores and its check.
         if self.waiters.has_waiters() {
             self.waiters.notify_one();
         }
@@ -361,15 +364,15 @@ impl Queue {
 
     /// Wakes another reader if events are left.
     ///
-    /// Only one reader is woken when the queue becomes readable. If that is the caller, which now
-    /// returns or faults in its buffer, another one must take over.
+    /// Only one reader is woken when the queue becomes readable. That may have been the caller,
+    /// which now returns or faults in its buffer, so another one must take over.
     fn pass_on(&self) {
         if self.ready.load(Relaxed) == READABLE {
             self.wake();
         }
     }
 
-    /// Sleeps until an event is queued or the queue is closed. The lock is released meanwhile.
+    /// Sleeps until an event is queued or the queue is closed. Releases the lock while it sleeps.
     ///
     /// May wake up spuriously. Fails with `ERESTARTSYS` if a signal is pending and the queue is
     /// still empty and open.
@@ -403,7 +406,7 @@ impl Queue {
         buffer: &mut impl Buffer,
     ) -> Result<usize> {
         // Check for an empty queue without a lock. Relaxed: a task that loaded a generation with
-        // acquire ordering also sees the earlier store to `ready`, see `Watch::enqueue()`.
+        // acquire ordering also sees the earlier store to `ready`, see `Inner::advance()`.
         match self.ready.load(Relaxed) {
             0 if nonblock => return Err(EAGAIN),
             bindings::POLLERR => return Err(EIO),
@@ -429,7 +432,8 @@ impl Queue {
         buffer: &mut impl Buffer,
         done: &mut usize,
     ) -> Result {
-        // The number of events that the buffer can be written for, or `BATCH` if unknown.
+        // How many events fit into the part of the buffer that is known to be writable, or `BATCH`
+        // if unknown.
         let mut room = BATCH;
         let mut faults = 0;
 
@@ -520,7 +524,7 @@ impl Queue {
 
     /// Closes the queue and frees the page. Idempotent.
     ///
-    /// To be called when the file is gone, and with it every mapping of the page. Process context,
+    /// To be called on release of the file, when no mapping of the page is left. Process context,
     /// may sleep.
     pub(crate) fn release(&self) {
         self.close();
@@ -583,7 +587,8 @@ impl Watch {
         Ok(registration)
     }
 
-    /// Starts queueing events. What was recorded since [`Watch::start`] is queued at once.
+    /// Starts queueing events. If an invalidation was recorded since [`Watch::start`], its event is
+    /// queued at once.
     ///
     /// Has no effect on a watch that is live or stopped. Cannot fail. Process context, does not
     /// sleep.
@@ -618,7 +623,7 @@ impl Watch {
     fn enqueue(self: ArcBorrow<'_, Self>, inner: &mut Inner) -> bool {
         let was_empty = inner.pending.is_empty();
 
-        // Store before advancing the generation, see `Queue::read()`.
+        // Store before advancing the generation, see `Inner::advance()`.
         if was_empty {
             self.queue.ready.store(READABLE, Relaxed);
         }
@@ -638,8 +643,8 @@ impl Watch {
     fn merge(&self, event: Pending) -> bool {
         loop {
             // Acquire: pairs with Release in `report()`, so that a task that finds the event of a
-            // live watch also sees its generation. If `go_live()` queued the event, userspace gets
-            // the MR only after that.
+            // live watch also sees its generation. An event that `go_live()` queued needs no
+            // barrier: userspace does not have the MR before `go_live()` returns.
             let old = Pending::from(self.pending.load(Acquire));
             if old == Pending::NONE {
                 return false;
@@ -693,8 +698,8 @@ impl IntervalNotifierCallback for Watch {
     fn removed(this: ArcBorrow<'_, Self>) {
         let mut inner = this.queue.inner.lock();
         // SAFETY: `links` can only be in the list `pending` of a queue, as there is no other list
-        // of this type. By the invariant of `Inner` that is the queue of the watch, which never
-        // changes, and `inner` belongs to it.
+        // of this type. By the invariant of `Inner` that queue is the watch's own `queue`, which
+        // never changes, and `inner` belongs to it.
         let queued = unsafe { inner.pending.remove(&this) };
         this.queue.update_ready(&inner);
         let state = this.state.access_mut(&mut inner);
@@ -711,7 +716,7 @@ impl IntervalNotifierCallback for Watch {
 /// Stops a watch and returns the number of its events that were delivered, modulo 2^32.
 ///
 /// A pending event is dropped and not counted. No event is delivered after the return. Process
-/// context; waits uninterruptibly for the running invalidations of the address space. The caller
+/// context; may wait uninterruptibly for running invalidations of the address space. The caller
 /// must not hold a lock that is also held across an invalidation, such as `mmap_lock`.
 pub(crate) fn stop(registration: Registration<Watch>) -> u32 {
     let watch = registration.remove();

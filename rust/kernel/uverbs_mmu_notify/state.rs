@@ -32,9 +32,9 @@ impl Reason {
     /// Returns the reason to report `event` with, or `None` if it leaves the pinned pages mapped.
     ///
     /// Changes of protection and soft-dirty tracking leave the pages mapped: pinned anonymous pages
-    /// are exclusive and not replaced on write; a long-term pin has already broken copy-on-write.
-    /// Migration to a device fails for pinned pages. Device-exclusive access ends with the same
-    /// page mapped. Unknown events are reported.
+    /// are exclusive and not replaced on write, as the long-term pin has already broken
+    /// copy-on-write. Migration to a device fails for pinned pages. After device-exclusive access
+    /// the same page is mapped again. Unknown events are reported.
     pub(crate) fn of(event: MmEvent) -> Option<Self> {
         match event {
             MmEvent::PROTECTION_VMA
@@ -49,7 +49,7 @@ impl Reason {
     }
 }
 
-/// The pending event of an MR in one word: its reasons, and its range in units of [`Region`].
+/// The pending event of an MR in one word: its reasons, and its range in units of the [`Region`].
 ///
 /// [`Pending::NONE`] if there is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -110,8 +110,9 @@ impl From<Pending> for u64 {
 
 /// The addresses of an MR: untagged CPU virtual addresses.
 ///
-/// Ranges within it are counted in units, from the one that contains `start`. A unit is one page,
-/// or for more than 2^30 pages the smallest power of two of pages that gives at most 2^30 units.
+/// Ranges within the MR are counted in units, from the unit that contains `start`. A unit is one
+/// page or, for more than 2^30 pages, the smallest power-of-two number of pages that gives at most
+/// 2^30 units.
 ///
 /// # Invariants
 ///

@@ -2,7 +2,7 @@
 
 //! KUnit tests. The queue tests change real mappings; the state tests are pure computation.
 //!
-//! The guarantees G1 to G8 are listed in `tools/testing/selftests/rdma/uverbs_mmu_notify.h`.
+//! `uverbs_mmu_notify.rs` lists the guarantees that the comments name.
 
 use super::{
     mm_of,
@@ -350,7 +350,8 @@ mod state {
 mod queue_and_watches {
     use super::*;
 
-    /// G2, G4: The generation advances once per event. Merging changes neither it nor the order.
+    /// G2, G4: The generation advances once per event. Merging changes neither the generation nor
+    /// the order.
     #[test]
     fn fifo_by_first_event() -> Result {
         let queue = new_queue()?;
@@ -479,7 +480,7 @@ mod queue_and_watches {
         Ok(())
     }
 
-    /// G4: The event can still be merged into after a failed copy.
+    /// G4: After a failed copy an invalidation still merges into the event.
     #[test]
     fn merge_after_fault() -> Result {
         let queue = new_queue()?;

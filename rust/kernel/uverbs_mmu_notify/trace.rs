@@ -2,8 +2,8 @@
 
 //! Tracepoints that show why a registration was invalidated.
 //!
-//! `include/trace/events/ib_uverbs_mmu_notify.h` describes their fields. They are emitted without
-//! the lock of the queue, so those of different tasks can be out of order.
+//! `include/trace/events/ib_uverbs_mmu_notify.h` describes their fields. Trace events are emitted
+//! without the lock of the queue, so trace events of different tasks can be out of order.
 
 use super::{
     queue::Queue,
@@ -62,7 +62,8 @@ pub(crate) fn start(queue: &Queue, cookie: u64, range: &Range<usize>) {
     unsafe { uverbs_mmu_notify_start(queue, cookie, range.start as u64, range.end as u64) }
 }
 
-/// A watched range was invalidated. `generation` is the new value if this advanced it.
+/// A watched range was invalidated. `generation` is the new generation, or `None` if it did not
+/// advance.
 #[inline]
 pub(crate) fn invalidate(
     queue: &Queue,
@@ -106,7 +107,7 @@ pub(crate) fn deliver(queue: &Queue, records: &[Record]) {
     }
 }
 
-/// A watch was stopped, after `delivered` events of it had been delivered.
+/// A watch was stopped. `delivered` of its events had been delivered.
 #[inline]
 pub(crate) fn stop(queue: &Queue, cookie: u64, delivered: u32) {
     let queue = ptr::from_ref(queue).cast();

@@ -177,8 +177,8 @@ fn fast_path(cache: &Cache<Witness>, buffer: &mut Mapping) -> Result<()> {
             hits += u32::from(matches!(cache.lookup(&range), Ok(Some(_))));
         }
     })?;
-    ensure!(hits == LOOKUPS, "{hits} of {LOOKUPS} look-ups were hits");
-    ensure!(calls == 0, "{LOOKUPS} look-ups made {calls} system calls");
+    ensure!(hits == LOOKUPS, "{hits} of {LOOKUPS} lookups were hits");
+    ensure!(calls == 0, "{LOOKUPS} lookups made {calls} system calls");
     say(format!("{hits} cache hits, in system calls"), calls);
 
     buffer.unmap()?;
@@ -188,7 +188,7 @@ fn fast_path(cache: &Cache<Witness>, buffer: &mut Mapping) -> Result<()> {
     let events = cache.backend().take_events().len();
     ensure!((events, calls) == (1, 2), "{events} events, {calls} calls");
     say(
-        "the look-up after a munmap, read() until EAGAIN: calls",
+        "the lookup after a munmap, read() until EAGAIN: calls",
         calls,
     );
     Ok(())

@@ -6,26 +6,26 @@
 //!
 //! 1. Before REG_MR is called, the cookie already resolves to the object that
 //!    carries the stale flag: events may be read before REG_MR returns.
-//! 2. A look-up loads the generation, with acquire order. If that is not the
+//! 2. A lookup loads the generation, with acquire order. If that is not the
 //!    `applied` one, events are read until `EAGAIN`, the objects of their cookies
 //!    are marked stale, and then `applied` becomes the larger of the loaded
 //!    generation and the newest event's. A count says only how many events were
 //!    copied: fewer than there is room for does not mean that none is left.
-//! 3. Reading, marking and publishing `applied` are one critical section of one
-//!    lock, the reader's. An event that was read elsewhere and is not marked yet
-//!    would be taken for applied.
+//! 3. Reading, marking and publishing `applied` are one critical section, under
+//!    the *drain lock*. Without the lock, an event that another thread has read
+//!    but not marked yet would be taken for applied.
 //! 4. Only then it finds the entry and tests its flag. A new entry's flag is
 //!    tested in the same way when it is inserted.
-//! 5. Deregistration needs neither that lock nor a wait for the reader. It
-//!    returns how many events of the region were read. Those that are not marked
-//!    yet are in the reader's hands, and the object stays until they are.
+//! 5. Deregistration needs neither the drain lock nor a wait for the reader. It
+//!    returns how many events of the region were read. A reader still holds those
+//!    that are not marked yet, and the object stays until all are marked.
 //!
-//! Either the look-up reads ([`Cache::lookup`]), or a progress thread does
-//! ([`Cache::drain`]). A look-up then waits for it, or takes a miss
+//! Either the lookup reads ([`Cache::lookup`]), or a progress thread does
+//! ([`Cache::drain`]). A lookup then waits for it, or takes a miss
 //! ([`Cache::try_lookup`]).
 //!
 //! A hit is one load and no system call. What is stale on its return became
-//! so after the look-up; a program that changes the mapping of a buffer while
+//! so after the lookup; a program that changes the mapping of a buffer while
 //! it communicates from it has no valid answer anyway.
 //!
 //! ```no_run
@@ -151,9 +151,9 @@ pub struct Reaped {
 /// queue.
 pub struct Cache<B: Backend> {
     backend: B,
-    /// The reader's lock. Taken before that of `state`, and held while events
-    /// are read, so that only readers wait for the kernel.
-    reader: Mutex<()>,
+    /// Taken before the lock of `state`, and held while events are read, so that
+    /// only readers wait for the kernel.
+    drain_lock: Mutex<()>,
     /// The generation up to which all events are marked; stored by the reader.
     applied: AtomicU64,
     state: Mutex<State<B::Mr>>,
@@ -164,7 +164,7 @@ impl<B: Backend> Cache<B> {
     pub fn new(backend: B) -> Self {
         Self {
             backend,
-            reader: Mutex::new(()),
+            drain_lock: Mutex::new(()),
             applied: AtomicU64::new(0),
             state: Mutex::new(State {
                 objects: HashMap::new(),
@@ -218,7 +218,7 @@ impl<B: Backend> Cache<B> {
         if self.is_applied() {
             return Ok(());
         }
-        let _reader = lock(&self.reader);
+        let _draining = lock(&self.drain_lock);
         // What is queued later may be missed below, and is not applied then.
         let mut newest = self.backend.generation();
         if newest == self.applied.load(Ordering::Relaxed) {
@@ -241,7 +241,7 @@ impl<B: Backend> Cache<B> {
     }
 
     /// Whether `entry` would be found now. Takes no lock, and may deny it for
-    /// one that would, never the reverse: a `false` calls for a look-up.
+    /// one that would, never the reverse: a `false` calls for a lookup.
     pub fn is_current(&self, entry: &Entry<B::Mr>) -> bool {
         self.is_applied() && !entry.is_stale()
     }

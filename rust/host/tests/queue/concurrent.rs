@@ -317,7 +317,7 @@ fn invalidate_invalidate_faulting_read() {
     invalidations_merge(4, || Fault::Once);
 }
 
-/// What a cache in userspace does: the reader publishes, look-ups compare.
+/// What a cache in userspace does: the reader publishes, lookups compare.
 #[derive(Default)]
 struct Cache {
     stale: AtomicBool,
@@ -345,7 +345,7 @@ impl Cache {
         records.len()
     }
 
-    /// Returns whether a look-up finds an entry that it takes for good.
+    /// Returns whether a lookup finds an entry that it takes for good.
     fn hits(&self, setup: &Setup) -> bool {
         let generation = setup.generation.load();
 
@@ -353,7 +353,7 @@ impl Cache {
     }
 }
 
-/// G2: after an invalidation has returned, a look-up finds the generation ahead of what the reader
+/// G2: after an invalidation has returned, a lookup finds the generation ahead of what the reader
 /// has applied, or the entry stale. This also holds for an invalidation that merges.
 ///
 /// The second invalidation is the `last` one: of pages that the first one covers, or not.

@@ -55,7 +55,7 @@ struct TestMr {
 }
 
 impl Kernel {
-    /// Replaces a page. When it returns, look-ups must not find the old one.
+    /// Replaces a page. When it returns, lookups must not find the old one.
     fn remap(&self, page: usize) {
         let notifiers = lock(&self.notifiers);
         for (_, cookie) in notifiers.iter().filter(|(watched, _)| *watched == page) {
@@ -246,7 +246,7 @@ fn lookup(cache: &TestCache, range: &Range<u64>) -> Option<TestEntry> {
     cache.lookup(range).unwrap()
 }
 
-/// Uses only what is current without a look-up.
+/// Uses only what is current without a lookup.
 fn miss(_: &TestCache, _: &Range<u64>) -> Option<TestEntry> {
     None
 }
@@ -259,7 +259,7 @@ fn lookups_read() {
         replaced: &[0, 0],
         users: &[(miss, &[]), (lookup, &[0]), (lookup, &[0])],
     };
-    assert!(!has_stale_uses("look-ups read", scene));
+    assert!(!has_stale_uses("lookups read", scene));
 }
 
 #[test]
@@ -270,7 +270,7 @@ fn a_lookup_reads_two() {
         replaced: &[0, 1],
         users: &[(lookup, &[0, 1]), (lookup, &[1])],
     };
-    assert!(!has_stale_uses("a look-up reads two events", scene));
+    assert!(!has_stale_uses("a lookup reads two events", scene));
 }
 
 #[test]
@@ -282,7 +282,7 @@ fn progress_thread_reads() {
         users: &[(lookup, &[0]), (Cache::try_lookup, &[0])],
     };
     assert!(!has_stale_uses(
-        "a progress thread and a look-up read",
+        "a progress thread and a lookup read",
         scene
     ));
 }
@@ -298,7 +298,7 @@ fn only_progress_thread_reads() {
     assert!(!has_stale_uses("only a progress thread reads", scene));
 }
 
-/// As [`Cache::lookup`], but with the cache's own lock as the reader's.
+/// As [`Cache::lookup`], but with the lock of the state as the drain lock.
 fn lookup_with_one_lock(cache: &TestCache, range: &Range<u64>) -> Option<TestEntry> {
     let mut state = cache.lock();
     let mut newest = cache.backend.generation();
@@ -329,19 +329,19 @@ fn lookups_read_with_one_lock() {
             (lookup_with_one_lock, &[0]),
         ],
     };
-    assert!(!has_stale_uses("look-ups read, one lock", scene));
+    assert!(!has_stale_uses("lookups read, one lock", scene));
 }
 
 /// Wrong: the first read(), which is short, is the last one.
 fn short_count_is_empty(cache: &TestCache, range: &Range<u64>) -> Option<TestEntry> {
-    let reader = lock(&cache.reader);
+    let draining = lock(&cache.drain_lock);
     let mut newest = cache.backend.generation();
     if let Some(event) = read_one(cache) {
         cache.lock().mark(event.cookie);
         newest = newest.max(event.generation);
     }
     cache.applied.store(newest, Ordering::Release);
-    drop(reader);
+    drop(draining);
     cache.lock().find(range)
 }
 
@@ -356,7 +356,7 @@ fn short_count_is_not_empty() {
     assert!(has_stale_uses("WRONG, a short count is empty", scene));
 }
 
-/// Wrong: reads and marks, but not under the reader's lock.
+/// Wrong: reads and marks, but not under the drain lock.
 fn drain_outside_the_lock(cache: &TestCache) {
     while let Some(event) = read_one(cache) {
         cache.lock().mark(event.cookie);
@@ -376,13 +376,13 @@ fn reader_needs_the_lock() {
 
 /// Wrong: publishes a generation that was loaded after the events were read.
 fn load_after_draining(cache: &TestCache, range: &Range<u64>) -> Option<TestEntry> {
-    let reader = lock(&cache.reader);
+    let draining = lock(&cache.drain_lock);
     while let Some(event) = read_one(cache) {
         cache.lock().mark(event.cookie);
     }
     let newest = cache.backend.generation();
     cache.applied.store(newest, Ordering::Release);
-    drop(reader);
+    drop(draining);
     cache.lock().find(range)
 }
 
@@ -402,7 +402,7 @@ fn generation_is_loaded_before_draining() {
 
 /// Wrong: publishes first and marks then.
 fn publish_before_marking(cache: &TestCache, range: &Range<u64>) -> Option<TestEntry> {
-    let reader = lock(&cache.reader);
+    let draining = lock(&cache.drain_lock);
     let mut newest = cache.backend.generation();
     let events: Vec<_> = std::iter::from_fn(|| read_one(cache)).collect();
     newest = events
@@ -412,7 +412,7 @@ fn publish_before_marking(cache: &TestCache, range: &Range<u64>) -> Option<TestE
     events
         .iter()
         .for_each(|event| cache.lock().mark(event.cookie));
-    drop(reader);
+    drop(draining);
     cache.lock().find(range)
 }
 
@@ -468,7 +468,7 @@ fn count_keeps_the_object() {
     assert_eq!(counts.into_keys().collect::<Vec<_>>(), [0, 1, 2]);
 }
 
-/// Wrong: an event in the reader's hands finds no object.
+/// Wrong: an event that a reader still holds finds no object.
 #[test]
 #[should_panic = "an event of an object that is gone"]
 fn count_is_needed() {
