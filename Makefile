@@ -2,9 +2,13 @@
 # The front door; scripts/ does the work.
 O ?= release
 export O CMD
-# What to set up for: the demo, the tests, or the checks, which need everything.
+# The upstreams that 'tree' and 'refresh' are for.
+S = linux rdma-core libfabric ucx
+# What to set up for: the demo, the tests, the libraries, or the checks, which need
+# everything.
 FOR = demo
 test bench profile stress mutants host-test debug: FOR = test
+libraries: FOR = libraries
 check check-full: FOR = check
 .NOTPARALLEL:
 
@@ -27,22 +31,29 @@ profile: release ## where those instructions go, by symbol
 	@scripts/profile
 stress: debug ## the random tests on the debug kernel, again and again
 	@scripts/stress
-host-test: tree ## the tests that need no kernel
+host-test: linux ## the tests that need no kernel
 	@scripts/with-headers scripts/host-test
 boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|debug
 	@scripts/boot "$$O" boot "$$CMD"
-build: tree ## build the kernel O=release|debug
+build: linux ## build the kernel O=release|debug
 	@scripts/build "$$O"
-release debug: tree
+release debug: linux
 	@scripts/build $@
-tree: ## bring build/linux to Linux plus the series
+libraries: ## build rdma-core, libfabric and UCX with their patches
+	@scripts/setup $(FOR)
+	@set -e; for name in rdma-core libfabric ucx; do scripts/tree $$name; scripts/build-library $$name; done
+linux:
 	@scripts/setup $(FOR)
 	@scripts/tree
-refresh: ## export the commits of build/linux to patches/linux
-	@scripts/refresh
+tree: ## bring build/NAME to its upstream plus patches/NAME: each, or S=NAME
+	@scripts/setup $(FOR)
+	@set -e; for name in $(S); do scripts/tree $$name; done
+refresh: S := $(or $(filter $(S),$(notdir $(wildcard build/*))),linux)
+refresh: ## export the commits of build/NAME to patches/NAME: each, or S=NAME
+	@set -e; for name in $(S); do scripts/refresh $$name; done
 setup: ## install what all of these need
 	@scripts/setup
 clean: ## remove the kernels and programs built, not the source tree
-	rm -rf build/release build/debug build/off build/commit-* build/patched* build/headers build/cargo build/bare build/out
+	rm -rf build/release build/debug build/off build/commit-* build/patched* build/headers build/cargo build/bare build/out build/libraries
 
-.PHONY: help demo test check check-full mutants bench profile stress host-test boot build release debug tree refresh setup clean
+.PHONY: help demo test check check-full mutants bench profile stress host-test boot build release debug libraries linux tree refresh setup clean
