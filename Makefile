@@ -9,6 +9,7 @@ S = linux rdma-core libfabric ucx
 FOR = demo
 test bench profile stress mutants host-test debug: FOR = test
 libraries: FOR = libraries
+demo-mpi test-mpi: FOR = mpi
 check check-full: FOR = check
 .NOTPARALLEL:
 
@@ -17,8 +18,12 @@ help: ## this list
 
 demo: release ## a stale registration, without and with notification, in a guest
 	@scripts/demo
+demo-mpi: release libraries ## the same with MPI: the distribution's libraries, and ours
+	@scripts/demo-mpi
 test: debug release ## every test, on the host and in guests
 	@scripts/test
+test-mpi: release libraries ## the tests with MPI, on three stacks
+	@scripts/mpi-suite release suite
 check: tree ## lint and check the series
 	@scripts/check
 check-full: tree ## slow checks: every patch and every configuration
@@ -32,7 +37,7 @@ profile: release ## where those instructions go, by symbol
 stress: debug ## the random tests on the debug kernel, again and again
 	@scripts/stress
 host-test: linux ## the tests that need no kernel
-	@scripts/with-headers scripts/host-test
+	@scripts/with-headers $(CURDIR)/scripts/host-test
 boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|debug
 	@scripts/boot "$$O" boot "$$CMD"
 build: linux ## build the kernel O=release|debug
@@ -56,4 +61,4 @@ setup: ## install what all of these need
 clean: ## remove the kernels and programs built, not the source tree
 	rm -rf build/release build/debug build/off build/commit-* build/patched* build/headers build/cargo build/bare build/out build/libraries
 
-.PHONY: help demo test check check-full mutants bench profile stress host-test boot build release debug libraries linux tree refresh setup clean
+.PHONY: help demo demo-mpi test test-mpi check check-full mutants bench profile stress host-test boot build release debug libraries linux tree refresh setup clean
