@@ -35,7 +35,7 @@
 //!
 //! # Guarantees
 //!
-//! The comment at each test names the guarantee that it checks:
+//! Most tests name the guarantee that they check:
 //!
 //! - G1, nothing missed: every change that can make a live MR stale is reported.
 //! - G2, in time: when the call that makes the change returns, the generation has advanced, or an

@@ -125,7 +125,7 @@ TRACE_EVENT(uverbs_mmu_notify_deliver,
 		  __entry->end, __entry->generation, __entry->reasons)
 );
 
-/* A watch was stopped. events_reported of its events had been delivered. */
+/* A watch was stopped. events_reported is the number of delivered events. */
 TRACE_EVENT(uverbs_mmu_notify_stop,
 	TP_PROTO(const void *queue, u64 cookie, u32 events_reported),
 	TP_ARGS(queue, cookie, events_reported),

@@ -25,7 +25,7 @@
 //!
 //! A watch owns a reference to its queue. A live watch also owns a reference to itself, its
 //! [`ListArc`]. Queueing an event moves the `ListArc` to the list of the queue, and delivery moves
-//! it back, so neither counts references. The `ListArc` is dropped when the notifier has been
+//! it back, so neither changes a reference count. The `ListArc` is dropped when the notifier has been
 //! removed.
 
 use super::{
@@ -179,7 +179,8 @@ struct State {
     /// The number of events that have been delivered, modulo 2^32.
     delivered: u32,
     phase: Phase,
-    /// What goes into the list of the queue. `None` unless the watch is live and not in there.
+    /// The entry for the list of the queue. `Some` only while the watch is live and not in the
+    /// list.
     entry: Option<ListArc<Watch>>,
 }
 
@@ -612,7 +613,7 @@ impl Watch {
         }
     }
 
-    /// Queues the watch, which is not queued, and advances the generation.
+    /// Queues the watch, which must not be queued already, and advances the generation.
     ///
     /// Returns whether the queue was empty. If so, the caller must call [`Queue::wake`] after
     /// dropping the lock.
@@ -632,8 +633,8 @@ impl Watch {
         state.generation = generation;
         if let Some(entry) = state.entry.take() {
             // INVARIANT: `access_mut()` panics unless `inner` belongs to the queue of the watch.
-            // The callers found the watch live, with a pending event, or store one before they drop
-            // the lock.
+            // The watch is live: the callers checked. It has a pending event, or the caller stores
+            // one before it drops the lock.
             inner.pending.push_back(entry);
         }
         was_empty

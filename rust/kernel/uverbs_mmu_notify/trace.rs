@@ -107,7 +107,7 @@ pub(crate) fn deliver(queue: &Queue, records: &[Record]) {
     }
 }
 
-/// A watch was stopped. `delivered` of its events had been delivered.
+/// A watch was stopped. `delivered` is the number of its events that had been delivered.
 #[inline]
 pub(crate) fn stop(queue: &Queue, cookie: u64, delivered: u32) {
     let queue = ptr::from_ref(queue).cast();
