@@ -14,8 +14,9 @@
 //!
 //! In this order:
 //!
-//! - [`Queue::reader`]: serializes readers while they copy events, so that at most one of them
-//!   holds `inner` for long. Not held while a reader waits for events or faults in its buffer.
+//! - [`Queue::reader`]: serializes readers while they copy events by way of its [`Batch`], so that
+//!   at most one of them holds `inner` for long. Not held while a reader waits for events or faults
+//!   in its buffer.
 //! - [`Queue::inner`]: also protects the [`State`] of each watch of the queue. Taken by the
 //!   notifier callback. Nothing sleeps, allocates or frees memory under it.
 //! - The lock of the wait queue. A reader takes it under `inner`, before and after it sleeps.
@@ -25,8 +26,8 @@
 //!
 //! A watch owns a reference to its queue. A live watch also owns a reference to itself, its
 //! [`ListArc`]. Queueing an event moves the `ListArc` to the list of the queue, and delivery moves
-//! it back, so neither changes a reference count. The `ListArc` is dropped when the notifier has been
-//! removed.
+//! it back, so neither changes a reference count. Removal of the notifier drops the `ListArc`,
+//! which ends the cycle.
 
 use super::{
     state::{
@@ -292,10 +293,11 @@ impl Inner {
             if let Some(watch) = self.pending.pop_front() {
                 let state = ptr::from_mut(watch.state.access_mut(self));
 
-                // SAFETY: The watch is live, so its registration keeps it alive. The lock, which
-                // is held by the borrow of `self`, protects the state, and nothing else borrows it.
+                // SAFETY: `watch` keeps the state alive, and is moved into it. `access_mut()`
+                // accepted `self`, which nothing else borrows meanwhile.
                 let state = unsafe { &mut *state };
                 state.delivered = state.delivered.wrapping_add(1);
+                // INVARIANT: The watch has left `pending`.
                 state.entry = Some(watch);
             }
         }
@@ -385,7 +387,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Copies up to `max` events to `buffer` and returns their number, at least one.
+    /// Copies up to `max` events to `buffer` and returns their number, at least one. `max` must not
+    /// be zero.
     ///
     /// Sleeps if no event is pending, or fails with `EAGAIN` if `nonblock`. Only `EAGAIN` means
     /// that the queue is empty. After the first event it returns early if a signal is pending, if
@@ -600,6 +603,7 @@ impl Watch {
             return;
         }
         state.phase = Phase::Live;
+        // INVARIANT: Succeeds, because a `ListArc` is only created here, and this is reached once.
         state.entry = ListArc::try_from_arc_borrow(self);
 
         // Relaxed: `NONE` is replaced by an event only under the lock.
