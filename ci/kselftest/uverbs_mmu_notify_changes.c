@@ -2,12 +2,13 @@
 /*
  * What MMU notification reports for each change of the mapping under an MR, by
  * kind of memory. Each test covers one row, or a few, of the table in
- * Documentation/infiniband/user_mmu_notify.rst, and prints each row in this
- * form:
+ * Documentation/infiniband/user_mmu_notify.rst, and prints each row in one of
+ * these forms, the last of them if the owner has gone:
  *
  *   # row <row> / <memory>: <reasons>, units <a>-<b>, <pages>[ (<error>)], <verdict>
  *   # row <row> / <memory>: quiet[ (<error>)], <verdict>
  *   # row <row> / <memory>: skipped (<why>)
+ *   # row <row> / <memory>: reported, checked
  *
  * A row is "checked" if the outcome is certain: the change makes the MR stale and
  * must be reported, or it must not be reported. Otherwise the outcome is only
@@ -81,7 +82,8 @@ static const struct memory file_private = {
 };
 
 /*
- * A shared and writable mapping would be dirty-tracked and could not be pinned.
+ * A shared and writable mapping would be dirty-tracked and could not be pinned
+ * for writing.
  */
 static const struct memory file_ro = {
 	.name = "file_ro", .flags = MAP_SHARED, .file = DISK, .read_only = true,
@@ -1356,7 +1358,7 @@ FIXTURE_TEARDOWN(mm_teardown)
 	notify_close(&self->owner.notify);
 }
 
-/* G8: Exit of the owner. G2: The generation advances before memory is freed. */
+/* G8: Exit of the owner. G2: The generation has advanced when it is gone. */
 TEST_F(mm_teardown, exit)
 {
 	ASSERT_EQ(1, write(self->owner.sock, "x", 1));
@@ -1933,7 +1935,7 @@ TEST_F(poisoned, madv_hwpoison)
 		REPORTED(MAYBE_STALE, 2, 3);
 }
 
-/* G1: Soft offlining of a page that is not poisoned skips pinned pages. */
+/* G1: Soft offlining skips pinned pages. The first may be poisoned already. */
 TEST_F(poisoned, madv_soft_offline)
 {
 	struct row *row = &self->row;

@@ -23,8 +23,8 @@
 //! # States
 //!
 //! A watch is *registering* until step 5, then *live*, and finally *stopped*. Only a live watch
-//! queues events. A queue is *closed* when the first of its context, its device and its file goes
-//! away: the generation advances one last time, and no more events are delivered. The watches of
+//! queues events. A queue is *closed* as soon as its context, its device or its file goes away:
+//! the generation advances one last time, and no more events are delivered. The watches of
 //! the queue remain until their MRs are deregistered.
 //!
 //! # Deregistration
@@ -85,7 +85,7 @@ use kernel::{
     types::ForeignOwnable, //
 };
 
-// Without a path the modules of a crate root are searched next to it, among the C files.
+// Without a path rustc looks for the modules of a crate root next to it, among the C files.
 #[path = "uverbs_mmu_notify/queue.rs"]
 mod queue;
 #[path = "uverbs_mmu_notify/state.rs"]

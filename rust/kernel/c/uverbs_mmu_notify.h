@@ -34,7 +34,7 @@ struct ib_uverbs_mmu_watch;
  * mmap_lock must not be held.
  *
  * Return: the queue, or an ERR_PTR: -ENOMEM; -EINTR if a signal is pending;
- * -EPERM in a kernel thread.
+ * -EPERM in a kernel thread without an address space.
  */
 struct ib_uverbs_mmu_queue *ib_uverbs_mmu_queue_alloc(void);
 

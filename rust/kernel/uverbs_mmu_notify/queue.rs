@@ -400,7 +400,7 @@ impl Queue {
     /// - `ERESTARTSYS`: a signal ended the wait.
     /// - `EINTR`: the task is being killed.
     /// - `EFAULT`: the buffer cannot be faulted in, or the copy still fails after [`MAX_FAULTS`]
-    ///   attempts in a row.
+    ///   of these in a row.
     ///
     /// Process context, may sleep.
     pub(crate) fn read(

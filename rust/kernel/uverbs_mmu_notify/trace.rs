@@ -84,7 +84,7 @@ pub(crate) fn invalidate(
 /// Events were delivered.
 #[inline]
 pub(crate) fn deliver(queue: &Queue, records: &[Record]) {
-    // Once for all records: without CONFIG_JUMP_LABEL it is a call.
+    // Test the key once for all records: without CONFIG_JUMP_LABEL the test is a call.
     //
     // SAFETY: The static key of a tracepoint can always be queried.
     #[cfg(CONFIG_TRACEPOINTS)]
