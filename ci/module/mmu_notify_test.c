@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * What the guest's tests need from inside of the kernel; not part of the series.
- * Each of three devices undoes what it did when its file is released:
+ * Each of four devices undoes what it did when its file is released:
  *
  * mmu_notify_hold holds an invalidation of the opener's mapping in flight. The
  *	mm serves interval notifiers before plain ones, and this is a plain one:
@@ -17,6 +17,11 @@
  * mmu_notify_warn expects warnings of a task: they are not printed, but counted.
  *	write() of anything begins that for the caller, once; read() returns how
  *	many there were, a __u32.
+ *
+ * mmu_notify_methods lends a device methods that no software driver has:
+ *	query_ucontext, which adds nothing, and reg_user_mr_dmabuf, which fails
+ *	with ENODATA. write() of the device's name, padded to IB_DEVICE_NAME_MAX,
+ *	begins that, once. The device cannot be removed meanwhile.
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -364,6 +369,94 @@ static const struct file_operations warn_fops = {
 	.read = warn_read,
 };
 
+/* mmu_notify_methods */
+
+static struct {
+	unsigned long open;
+	char name[IB_DEVICE_NAME_MAX];
+	struct ib_device *device;
+} methods;
+
+static int methods_query_ucontext(struct ib_ucontext *context,
+				  struct uverbs_attr_bundle *attrs)
+{
+	return 0;
+}
+
+static struct ib_mr *
+methods_reg_user_mr_dmabuf(struct ib_pd *pd, u64 offset, u64 length,
+			   u64 virt_addr, int fd, int access,
+			   struct ib_dmah *dmah,
+			   struct uverbs_attr_bundle *attrs)
+{
+	return ERR_PTR(-ENODATA);
+}
+
+/* As fail_add(). */
+static int methods_add(struct ib_device *device)
+{
+	if (!strcmp(dev_name(&device->dev), methods.name) &&
+	    !device->ops.query_ucontext && !device->ops.reg_user_mr_dmabuf &&
+	    ib_device_try_get(device)) {
+		methods.device = device;
+		WRITE_ONCE(device->ops.query_ucontext, methods_query_ucontext);
+		WRITE_ONCE(device->ops.reg_user_mr_dmabuf,
+			   methods_reg_user_mr_dmabuf);
+	}
+	return -EOPNOTSUPP;
+}
+
+static struct ib_client methods_client = {
+	.name = "mmu_notify_methods",
+	.add = methods_add,
+};
+
+static int methods_open(struct inode *inode, struct file *filp)
+{
+	return test_and_set_bit(0, &methods.open) ? -EBUSY : 0;
+}
+
+static int methods_release(struct inode *inode, struct file *filp)
+{
+	struct ib_device *device = methods.device;
+
+	if (device) {
+		WRITE_ONCE(device->ops.query_ucontext, NULL);
+		WRITE_ONCE(device->ops.reg_user_mr_dmabuf, NULL);
+		methods.device = NULL;
+		ib_device_put(device);
+	}
+	clear_bit(0, &methods.open);
+	return 0;
+}
+
+static ssize_t methods_write(struct file *filp, const char __user *buf,
+			     size_t len, loff_t *pos)
+{
+	int ret;
+
+	if (methods.device)
+		return -EBUSY;
+	if (len != sizeof(methods.name))
+		return -EINVAL;
+	if (copy_from_user(methods.name, buf, sizeof(methods.name)))
+		return -EFAULT;
+	methods.name[sizeof(methods.name) - 1] = '\0';
+
+	ret = ib_register_client(&methods_client);
+	if (ret)
+		return ret;
+	ib_unregister_client(&methods_client);
+	return methods.device ? len : -ENODEV;
+}
+
+static const struct file_operations methods_fops = {
+	.owner = THIS_MODULE,
+	.open = methods_open,
+	.release = methods_release,
+	.write = methods_write,
+};
+
 static struct miscdevice devices[] = {
 	{
 		.minor = MISC_DYNAMIC_MINOR,
@@ -379,6 +472,11 @@ static struct miscdevice devices[] = {
 		.minor = MISC_DYNAMIC_MINOR,
 		.name = "mmu_notify_warn",
 		.fops = &warn_fops,
+	},
+	{
+		.minor = MISC_DYNAMIC_MINOR,
+		.name = "mmu_notify_methods",
+		.fops = &methods_fops,
 	},
 };
 

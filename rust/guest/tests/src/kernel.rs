@@ -105,8 +105,7 @@ impl FailingDereg {
 
     /// The next `times` will.
     pub fn again(&self, times: u32) {
-        let mut name = [0; 64];
-        name[..self.device.len()].copy_from_slice(self.device.as_bytes());
+        let name = padded(&self.device);
         let error = -libc::EIO;
         command(
             &self.file,
@@ -117,6 +116,26 @@ impl FailingDereg {
     /// How many have failed.
     pub fn failed(&self) -> u32 {
         count(&self.file)
+    }
+}
+
+/// The name of a device, in the room that the kernel has for one.
+fn padded(device: &str) -> [u8; 64] {
+    let mut name = [0; 64];
+    name[..device.len()].copy_from_slice(device.as_bytes());
+    name
+}
+
+/// Lends a device `query_ucontext`, which adds nothing, and `reg_user_mr_dmabuf`, which
+/// fails with `ENODATA`. No software driver has these methods.
+pub struct Methods(File);
+
+impl Methods {
+    /// Lends them to the device for as long as this lives.
+    pub fn new(device: &str) -> Self {
+        let this = Self(open("/dev/mmu_notify_methods"));
+        command(&this.0, &[&padded(device)]);
+        this
     }
 }
 

@@ -17,7 +17,8 @@ mod userfault;
 pub use device::{Device, device, expect_no_regions, run};
 pub use holder::{Holder, Kind, Work};
 pub use kernel::{
-    Contention, FailAllocation, FailingDereg, Hold, Ready, Stack, Warnings, Watches, counter_pages,
+    Contention, FailAllocation, FailingDereg, Hold, Methods, Ready, Stack, Warnings, Watches,
+    counter_pages,
 };
 pub use map::{Map, PAGE, memfd};
 pub use process::{Blocked, Child, Exit, in_child, sleeps, stop, stop_traced, within};
