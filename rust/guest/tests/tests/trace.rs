@@ -138,3 +138,55 @@ fn born_stale() {
         "{seen:?}"
     );
 }
+
+/// Interface: an invalidation when the FD is closed is traced without a generation.
+#[test]
+fn closed() {
+    const COOKIE: u64 = 0x7abf;
+    let _traced = Traced::new();
+    let fixture = Fixture::new();
+    let map = Map::new(2);
+    let mut mr = fixture.watch(map, 0..2, COOKIE);
+    map.unmap(0..1);
+    assert_eq!(read_all(&fixture.queue).len(), 1, "events read");
+    let Fixture { queue, page, .. } = fixture;
+    drop((queue, page));
+    map.unmap(1..2);
+    let generations: Vec<_> = traced(COOKIE)
+        .into_iter()
+        .filter(|line| line.starts_with("invalidate "))
+        .map(|line| {
+            line.split_once(" generation=")
+                .expect("a generation")
+                .1
+                .to_owned()
+        })
+        .collect();
+    assert_eq!(generations, ["1", "0"]);
+    assert_eq!(mr.destroy().unwrap(), 1, "events reported");
+}
+
+/// Interface: the stack of an invalidation shows the call that changes the mapping.
+#[test]
+fn stack() {
+    const COOKIE: u64 = 0x7ac0;
+    const TRIGGER: &str = "events/ib_uverbs_mmu_notify/uverbs_mmu_notify_invalidate/trigger";
+    let traced = Traced::new();
+    set(TRIGGER, "stacktrace");
+    let fixture = Fixture::new();
+    let map = Map::new(1);
+    let _mr = fixture.watch(map, 0..1, COOKIE);
+    map.dont_need(0..1);
+    set(TRIGGER, "!stacktrace");
+    drop(traced);
+    let trace = fs::read_to_string(format!("{TRACING}/trace")).expect("read the trace");
+    let (_, stack) = trace
+        .split_once(&format!(" cookie={COOKIE:#x} event=CLEAR "))
+        .expect("the invalidation");
+    let frames = stack.lines().skip_while(|line| !line.contains(" => "));
+    let frames: Vec<_> = frames.take_while(|line| line.contains(" => ")).collect();
+    assert!(
+        frames.iter().any(|frame| frame.contains("madvise")),
+        "the stack: {frames:?}"
+    );
+}
