@@ -136,6 +136,17 @@ impl Child {
     /// moment when it begins system call `call`. The signal is dropped after that.
     #[track_caller]
     pub fn interrupt(&self, call: c_long) {
+        self.interrupt_with(call, 0);
+    }
+
+    /// The same, but the signal, SIGUSR1, is delivered.
+    #[track_caller]
+    pub fn interrupt_and_deliver(&self, call: c_long) {
+        self.interrupt_with(call, libc::SIGUSR1);
+    }
+
+    #[track_caller]
+    fn interrupt_with(&self, call: c_long, delivered: c_int) {
         let pid = self.0.as_raw_nonzero().get();
         let trace = |request, size: usize, data: *mut c_void| {
             // SAFETY: Of these requests only one writes, to `data` of that size.
@@ -161,7 +172,8 @@ impl Child {
         self.signal(Signal::USR1);
         trace(libc::PTRACE_CONT, 0, ptr::null_mut());
         self.wait_stopped();
-        trace(libc::PTRACE_CONT, 0, ptr::null_mut());
+        let delivered = ptr::without_provenance_mut(delivered as usize);
+        trace(libc::PTRACE_CONT, 0, delivered);
     }
 
     /// Takes a duplicate of the child's FD whose link in /proc begins so.

@@ -226,6 +226,34 @@ fn read_is_interrupted() {
     assert_eq!(mr.destroy().unwrap(), 1, "events reported");
 }
 
+/// Interface: a signal that is pending makes read() return after one batch. The other
+/// events stay, and a non-blocking read() does not return EINTR.
+#[test]
+fn read_is_short_with_a_signal_pending() {
+    /// The most events that the kernel copies at once.
+    const BATCH: usize = 16;
+    const EVENTS: usize = 2 * BATCH + 1;
+    let child = Child::fork(|| {
+        let fixture = Fixture::new();
+        let map = Map::new(EVENTS);
+        let mrs = fixture.watch_each(map, 0..EVENTS);
+        map.map_over(0..EVENTS);
+        let mut events = [Event::default(); EVENTS];
+        stop_traced();
+        let first = fixture.queue.read(&mut events).expect("read");
+        assert_eq!(first, BATCH, "events read with a signal pending");
+        let rest = fixture.queue.read(&mut events).expect("read");
+        assert_eq!(rest, EVENTS - BATCH, "events read after that");
+        for mut mr in mrs {
+            assert_eq!(mr.destroy().unwrap(), 1, "events reported");
+        }
+        0
+    });
+    child.wait_stopped();
+    child.interrupt(libc::SYS_read);
+    assert_eq!(child.wait(), Exit::Code(0), "the child");
+}
+
 /// Interface: with SA_RESTART a signal does not interrupt read().
 #[test]
 fn read_is_restarted() {
@@ -392,6 +420,29 @@ fn creation_is_restarted() {
     child.wait_stopped();
     child.interrupt(libc::SYS_ioctl);
     assert_eq!(child.wait(), Exit::Code(0), "the child");
+}
+
+/// Interface: it is not restarted if the signal has a handler without SA_RESTART.
+#[test]
+fn creation_is_interrupted() {
+    for (flags, interrupted) in [(0, true), (libc::SA_RESTART, false)] {
+        let child = Child::fork(|| {
+            let pd = open();
+            handle_signal(flags);
+            stop_traced();
+            let made = NotifyQueue::alloc(pd.context());
+            assert_eq!(SIGNALS.load(Ordering::SeqCst), 1, "calls of the handler");
+            match interrupted {
+                true => expect_errno(made, Errno::INTR, "MMU_NOTIFY_ALLOC"),
+                false => drop(made.expect("make a queue")),
+            }
+            NotifyQueue::alloc(pd.context()).expect("make a queue later");
+            0
+        });
+        child.wait_stopped();
+        child.interrupt_and_deliver(libc::SYS_ioctl);
+        assert_eq!(child.wait(), Exit::Code(0), "SA_RESTART: {}", !interrupted);
+    }
 }
 
 /// Interface: a pending signal does not interrupt REG_MR, not even the first one of a
