@@ -189,6 +189,11 @@ fn whole_life() {
             "events reported, {form:?}"
         );
         expect_records(&queue, &[]);
+
+        // No command has kept the file.
+        let pages = counter_pages();
+        drop((page, queue));
+        assert_eq!(counter_pages(), pages - 1, "queues, {form:?}");
     }
 }
 
@@ -365,6 +370,29 @@ fn create_without_response() {
             expect_errno(result, Errno::NOSPC, "CREATE");
         }
         assert_eq!(counter_pages(), pages, "queues, after CREATE failed");
+    }
+}
+
+/// G8: CREATE leaves nothing, whichever of its allocations fails.
+#[test]
+fn create_without_memory() {
+    for form in FORMS {
+        let fixture = Fixture::new();
+        let pages = counter_pages();
+        let (fail, mut failures) = (FailAllocation::new(), 0);
+        for nth in 1.. {
+            match fail.at(nth, || create(form, &fixture.context)) {
+                (Ok(_), false) => break,
+                (Ok(_), true) => (), // it went on without
+                (made, _) => {
+                    expect_errno(made, Errno::NOMEM, "CREATE");
+                    failures += 1;
+                }
+            }
+            assert_eq!(counter_pages(), pages, "queues, after allocation {nth}");
+        }
+        // The queue, its page and its waiters, and the file.
+        assert!(failures > 3, "commands that failed: {failures}");
     }
 }
 
