@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What is charged to whom.
+
+use rustix::{
+    io::Errno,
+    process::{Resource, Rlimit, setrlimit},
+};
+use std::{fs, path::PathBuf, process, thread};
+use uverbs_mmu_notify::{MrArgs, NotifyQueue};
+use uverbs_mmu_notify_tests::*;
+
+/// Interface: a stale region counts against RLIMIT_MEMLOCK until it is deregistered.
+#[test]
+fn stale_region_is_locked() {
+    const PAGES: usize = 8;
+    const USER: libc::uid_t = 65534;
+    let child = in_child(|| {
+        let fixture = Fixture::new();
+        let (stale, other) = (Map::new(PAGES), Map::new(PAGES));
+        let limit = Some((PAGES * PAGE) as u64);
+        let limit = Rlimit {
+            current: limit,
+            maximum: limit,
+        };
+        setrlimit(Resource::Memlock, limit).expect("set RLIMIT_MEMLOCK");
+        // SAFETY: It takes three numbers, and this process has one thread.
+        let ret = unsafe { libc::setresuid(USER, USER, USER) };
+        assert_eq!(ret, 0, "give up CAP_IPC_LOCK");
+
+        let mut mr = fixture.watch(stale, 0..PAGES, 7);
+        stale.unmap(0..PAGES);
+        fixture.expect(&[Record::new(stale, 0..PAGES, 7, 1, UNMAPPED)]);
+        let args = MrArgs::new(other.at(0), PAGE);
+        let refused = try_reg(&fixture.pd, &args);
+        expect_errno(refused, Errno::NOMEM, "REG_MR beyond the limit");
+        assert_eq!(mr.destroy().unwrap(), 1, "events reported");
+        drop(reg(&fixture.pd, &args));
+        0
+    });
+    assert_eq!(child, Exit::Code(0), "the child");
+}
+
+/// A memory cgroup.
+struct Group {
+    hierarchy: PathBuf,
+    group: PathBuf,
+}
+
+impl Group {
+    fn new() -> Self {
+        let hierarchy = PathBuf::from(format!("/tmp/cgroup-{}", process::id()));
+        fs::create_dir(&hierarchy).expect("make a folder");
+        run(&format!("mount -t cgroup2 none {}", hierarchy.display()));
+        fs::write(hierarchy.join("cgroup.subtree_control"), "+memory").expect("enable memcg");
+        let group = hierarchy.join(format!("test-{}", process::id()));
+        fs::create_dir(&group).expect("make a cgroup");
+        Self { hierarchy, group }
+    }
+
+    /// Moves this process, of one thread, there.
+    fn enter(&self) {
+        fs::write(self.group.join("cgroup.procs"), "0").expect("enter the cgroup");
+    }
+
+    /// The bytes of one kind of memory.
+    fn charged(&self, kind: &str) -> usize {
+        let stat = fs::read_to_string(self.group.join("memory.stat")).expect("memory.stat");
+        let bytes = stat.lines().find_map(|line| {
+            let (key, bytes) = line.split_once(' ')?;
+            (key == kind).then(|| bytes.parse().expect("a number"))
+        });
+        bytes.unwrap_or_else(|| panic!("no {kind} in {stat}"))
+    }
+
+    /// What `make` adds for good, once the statistics, which lag behind, have at least
+    /// `expected` bytes of it.
+    fn adds<T>(&self, kind: &str, expected: usize, make: impl FnOnce() -> T) -> T {
+        let before = self.charged(kind);
+        let made = make();
+        within(&format!("charging {expected} bytes of {kind}"), || {
+            while self.charged(kind) < before + expected {
+                thread::yield_now();
+            }
+        });
+        made
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        fs::remove_dir(&self.group).expect("remove the cgroup");
+        run(&format!("umount {}", self.hierarchy.display()));
+        fs::remove_dir(&self.hierarchy).expect("remove the folder");
+    }
+}
+
+/// Runs `run` in a memory cgroup of its own.
+fn in_group(run: impl FnOnce(&Group)) {
+    let group = Group::new();
+    let child = in_child(|| {
+        group.enter();
+        run(&group);
+        0
+    });
+    assert_eq!(child, Exit::Code(0), "the child");
+}
+
+/// Interface: watches are charged to the memory cgroup.
+#[test]
+fn watches_are_charged() {
+    const WATCHES: usize = 4000;
+    /// The least that a watch takes.
+    const WATCH: usize = 192;
+    in_group(|group| {
+        let fixture = Fixture::new();
+        let args = MrArgs::new(Map::new(1).at(0), 8).watched(&fixture.queue, 7);
+        let register = || -> Vec<_> { (0..WATCHES).map(|_| reg(&fixture.pd, &args)).collect() };
+        drop(group.adds("slab", WATCHES * WATCH, register));
+    });
+}
+
+/// Interface: the queue and the page of an FD are charged to the memory cgroup.
+#[test]
+fn queues_are_charged() {
+    const QUEUES: usize = 400;
+    /// Less than a queue takes, and more than the rest of an FD.
+    const QUEUE: usize = 1024;
+    in_group(|group| {
+        let pd = open();
+        let queue = |_| NotifyQueue::alloc(pd.context()).expect("make a queue");
+        let make = || -> Vec<_> { (0..QUEUES).map(queue).collect() };
+        let pages = || group.adds("vmalloc", QUEUES * PAGE, make);
+        drop(group.adds("slab", QUEUES * QUEUE, pages));
+    });
+}
