@@ -14,10 +14,10 @@
  * must be reported, or it must not be reported. Otherwise the outcome is only
  * "logged". In both cases an event must be within the MR and have advanced the
  * generation. Pages without an event must still be mapped, according to
- * /proc/self/pagemap, so a quiet row is always checked. Reported <pages> are
- * "kept" if they are still mapped, "lost" if they are not, and "unknown" if
- * pagemap could not be read. A test without a checked row skips. The last line
- * is:
+ * /proc/self/pagemap, so a quiet row is always checked, unless the call failed:
+ * then it may have changed nothing. Reported <pages> are "kept" if they are still
+ * mapped, "lost" if they are not, and "unknown" if pagemap could not be read. A
+ * test without a checked row skips. The last line is:
  *
  *   # rows: checked <n>, logged <n>, skipped <n>
  *
@@ -210,7 +210,8 @@ static void row_read(struct __test_metadata *_metadata, struct row *row,
 	printf("# row %s / %s: ", name, row->memory->name);
 	if (!events) {
 		printf("quiet");
-		verdict = CHECKED;
+		if (!err)
+			verdict = CHECKED;
 	} else {
 		ASSERT_EQ(1, events);
 		row->events++;
