@@ -8,6 +8,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/time.h>
 #include <sys/uio.h>
 
@@ -421,6 +422,31 @@ TEST_F(api, events_have_cpu_addresses)
 	ASSERT_EQ(0, mr_make(&call, self->notify.ctx, &mr));
 	UNMAP(1, 1);
 	EXPECT_EVENT(&self->notify, COOKIE, PAGE(1), PAGE(2), UNMAPPED);
+}
+
+/* Let calls accept tagged addresses. Returns 0 or -1. */
+static int tags_enable(void)
+{
+#ifdef __x86_64__
+	/* ARCH_ENABLE_TAGGED_ADDR, with the six bits of LAM */
+	return syscall(SYS_arch_prctl, 0x4002, 6);
+#else
+	return prctl(PR_SET_TAGGED_ADDR_CTRL, PR_TAGGED_ADDR_ENABLE, 0, 0, 0);
+#endif
+}
+
+/* G1: The tag of an address is ignored, and events have none. */
+TEST_F(api, tagged_address)
+{
+	struct mr mr = MR(0, 2);
+
+	if (tags_enable())
+		SKIP(return, "no tagged addresses: %s", strerror(errno));
+	/* Part of the tag on each architecture that has one. */
+	mr.addr |= 1ULL << 57;
+	ASSERT_EQ(0, mr_watch(self->notify.ctx, &mr, self->notify.fd, COOKIE));
+	UNMAP(0, 1);
+	EXPECT_EVENT(&self->notify, COOKIE, PAGE(0), PAGE(1), UNMAPPED);
 }
 
 /* G2: The generation has advanced when the call returns, once per event. */
