@@ -29,7 +29,7 @@ struct Setup {
     /// Only these stacks
     #[arg(long, value_enum, global = true)]
     stack: Vec<Stack>,
-    /// How long a job may take, in seconds
+    /// How long a job may take, in seconds, besides the random test
     #[arg(long, default_value_t = 300, global = true)]
     timeout: u64,
     #[command(subcommand)]
@@ -83,7 +83,10 @@ impl Setup {
 }
 
 fn main() -> ExitCode {
-    let setup = Setup::parse();
+    let mut setup = Setup::parse();
+    if let What::Suite(args) | What::Soak(args) = &setup.command {
+        setup.timeout += args.seconds;
+    }
     let good = match &setup.command {
         What::Demo => demo::run(&setup),
         What::Suite(args) => suite::run(&setup, args),

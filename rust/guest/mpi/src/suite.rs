@@ -12,9 +12,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// For the random tests.
 #[derive(clap::Args)]
 pub struct Args {
-    /// How long to make random changes and transfers, in seconds, for each stack
-    #[arg(long, default_value_t = 20)]
-    seconds: u64,
+    /// How long to make random changes and transfers, in seconds, for each stack; with the
+    /// distribution's libraries no longer than by default
+    #[arg(long, default_value_t = SECONDS)]
+    pub seconds: u64,
     /// The same seed gives the same changes and transfers; by default the time
     #[arg(long)]
     seed: Option<u64>,
@@ -23,12 +24,15 @@ pub struct Args {
     steps: Option<u64>,
 }
 
+/// Enough to see wrong data.
+const SECONDS: u64 = 20;
 const SIZES: &str = "64,1024";
 /// Transfers of 64 KiB are not copied, as they would be over soft-RoCE by default.
 const ZERO_COPY: [(&str, &str); 2] = [
     ("UCX_RNDV_THRESH", "16k"),
     ("FI_OFI_RXM_SAR_LIMIT", "16384"),
 ];
+const BOTH: [Libraries; 2] = [Libraries::Distribution, Libraries::Ours];
 /// Aborts if a page of a cached registration is not the one that was registered.
 const CHECK_PAGES: [(&str, &str); 1] = [("UCX_RCACHE_CHECK_PFN", "1")];
 const MOVED: &str = "moved from pfn";
@@ -217,25 +221,36 @@ impl Tests<'_> {
             .holds(&name, is_wrong(&verdict), &verdict.to_string());
     }
 
-    /// A mode of the program that prints one line: 2 tests.
-    fn mode(&mut self, arguments: &[&str]) -> Result<()> {
+    /// A mode of the program that prints one line: 1 test.
+    fn mode(&mut self, libraries: Libraries, arguments: &[&str]) -> Result<()> {
         let line = format!("{} - -", arguments[0]);
-        for libraries in [Libraries::Distribution, Libraries::Ours] {
-            let job = self.job(libraries, arguments, false)?;
-            let name = self.name(libraries, arguments[0]);
-            println!("# {name}: {}", job.detail(&line));
-            match libraries {
-                Libraries::Distribution => self.wrong(libraries, &job, arguments[0], &line),
-                Libraries::Ours => self.tap.right(&name, &job.verdict(&line)),
-            }
+        let job = self.job(libraries, arguments, false)?;
+        let name = self.name(libraries, arguments[0]);
+        println!("# {name}: {}", job.detail(&line));
+        match libraries {
+            Libraries::Distribution => self.wrong(libraries, &job, arguments[0], &line),
+            Libraries::Ours => self.tap.right(&name, &job.verdict(&line)),
         }
         Ok(())
     }
 
+    /// Threads that change mappings, with both: 2 tests.
+    fn threads(&mut self, seed: &str) -> Result<()> {
+        BOTH.iter()
+            .try_for_each(|&libraries| self.mode(libraries, &["threads", "50", seed]))
+    }
+
+    /// The random test with both: 2 tests.
     fn soak(&mut self, args: &Args, seed: &str) -> Result<()> {
-        let seconds = args.seconds.to_string();
         let steps = args.steps.unwrap_or(u64::MAX).to_string();
-        self.mode(&["soak", &seconds, seed, &steps])
+        for libraries in BOTH {
+            let seconds = match libraries {
+                Libraries::Distribution => args.seconds.min(SECONDS),
+                Libraries::Ours => args.seconds,
+            };
+            self.mode(libraries, &["soak", &seconds.to_string(), seed, &steps])?;
+        }
+        Ok(())
     }
 
     /// Both libraries do the same: a test for each row, and 2.
@@ -271,7 +286,7 @@ pub fn run(setup: &Setup, args: &Args) -> Result<bool> {
             tests.pages(&all)?;
         }
         tests.forks(&small)?;
-        tests.mode(&["threads", "50", &seed])?;
+        tests.threads(&seed)?;
         tests.soak(args, &seed)?;
     }
     tap.end()
