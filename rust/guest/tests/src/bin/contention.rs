@@ -3,8 +3,9 @@
 //! the file.
 //!
 //! On one CPU: the time of ftruncate(), of which each region gets two invalidations, by
-//! the number of regions. Under QEMU's `-icount shift=0,sleep=off` a nanosecond is an
-//! instruction.
+//! the number of regions and of threads that read the queue of the regions all the time,
+//! into memory that cannot be written. Under QEMU's `-icount shift=0,sleep=off` a
+//! nanosecond is an instruction.
 //!
 //! On more CPUs: how many of these invalidations had to queue for a spinlock behind two
 //! or more other CPUs, while threads use the queue of the regions. An invalidation that
@@ -43,25 +44,27 @@ fn main() {
 fn by_regions() {
     println!("instructions of ftruncate() for each region of the page");
     println!(
-        "{:9}{:>8}{:>14}{:>14}",
-        "regions", "number", "first time", "again"
+        "{:9}{:>8}{:>9}{:>14}{:>14}",
+        "regions", "number", "threads", "first time", "again"
     );
-    for kind in [Kind::Watched, Kind::OnDemand] {
+    for (kind, most) in [(Kind::Watched, 8), (Kind::OnDemand, 0)] {
         for regions in [0, 2000, 20_000, 100_000] {
-            let file = memfd(1, MemfdFlags::empty());
-            let holder = Holder::new(kind, regions, &file, 0);
-            // The first one makes events pending, into which the second one merges.
-            let [first, again] = [(); 2].map(|()| {
-                holder.order(Work::Other, 0);
-                truncate(&file)
-            });
-            let each = |time: u64| time as f64 / regions.max(1) as f64;
-            let kind = format!("{kind:?}");
-            println!(
-                "{kind:9}{regions:8}{:14.0}{:14.0}",
-                each(first),
-                each(again)
-            );
+            for threads in [0, 1, 3, 8].into_iter().filter(|threads| *threads <= most) {
+                let file = memfd(1, MemfdFlags::empty());
+                let holder = Holder::new(kind, regions, &file, threads);
+                // The first one makes events pending, into which the second one merges.
+                let [first, again] = [(); 2].map(|()| {
+                    holder.order(Work::Read, threads);
+                    truncate(&file)
+                });
+                let each = |time: u64| time as f64 / regions.max(1) as f64;
+                let kind = format!("{kind:?}");
+                println!(
+                    "{kind:9}{regions:8}{threads:9}{:14.0}{:14.0}",
+                    each(first),
+                    each(again)
+                );
+            }
         }
     }
 }
