@@ -7,20 +7,20 @@ S = linux rdma-core libfabric ucx
 # What to set up for: the demo, the tests, the libraries, or the checks, which need
 # everything.
 FOR = demo
-test bench profile stress mutants host-test debug: FOR = test
+test bench bench-compare profile stress mutants host-test debug: FOR = test
 libraries: FOR = libraries
 demo-mpi test-mpi: FOR = mpi
 check check-full: FOR = check
 .NOTPARALLEL:
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 demo: release ## a stale registration, without and with notification, in a guest
 	@scripts/demo
 demo-mpi: release libraries ## the same with MPI: the distribution's libraries, and ours
 	@scripts/demo-mpi
-test: debug release ## every test, on the host and in guests
+test: debug release libraries ## every test, on the host and in guests
 	@scripts/test
 test-mpi: release libraries ## the tests with MPI, on three stacks
 	@scripts/mpi-suite release suite
@@ -30,11 +30,13 @@ check-full: tree ## slow checks: every patch and every configuration
 	@scripts/check ci/slow
 mutants: debug ## mutation tests: every patch in ci/mutations must make a test fail
 	@scripts/mutation-test
-bench: release ## what watching costs, in instructions
+bench: release ## what watching costs, in instructions, beside its peers; fails over a budget
 	@scripts/bench
+bench-compare: release ## what a change did to that: BASE=REVISION, or BASE='BEFORE.json AFTER.json'
+	@scripts/bench-compare $(BASE)
 profile: release ## where those instructions go, by symbol
 	@scripts/profile
-stress: debug ## the random tests on the debug kernel, again and again
+stress: debug release libraries ## the random tests on the debug kernel, again and again, then with MPI
 	@scripts/stress
 host-test: linux ## the tests that need no kernel
 	@scripts/with-headers $(CURDIR)/scripts/host-test
@@ -61,4 +63,4 @@ setup: ## install what all of these need
 clean: ## remove the kernels and programs built, not the source tree
 	rm -rf build/release build/debug build/off build/commit-* build/patched* build/headers build/cargo build/bare build/out build/libraries
 
-.PHONY: help demo demo-mpi test test-mpi check check-full mutants bench profile stress host-test boot build release debug libraries linux tree refresh setup clean
+.PHONY: help demo demo-mpi test test-mpi check check-full mutants bench bench-compare profile stress host-test boot build release debug libraries linux tree refresh setup clean
