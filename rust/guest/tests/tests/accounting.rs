@@ -5,7 +5,7 @@ use rustix::{
     io::Errno,
     process::{Resource, Rlimit, setrlimit},
 };
-use std::{fs, path::PathBuf, process, thread, time::Duration};
+use std::{env, fs, path::PathBuf, process, thread, time::Duration};
 use uverbs_mmu_notify::{MrArgs, NotifyQueue};
 use uverbs_mmu_notify_tests::*;
 
@@ -48,7 +48,7 @@ struct Group {
 
 impl Group {
     fn new() -> Self {
-        let hierarchy = PathBuf::from(format!("/tmp/cgroup-{}", process::id()));
+        let hierarchy = env::temp_dir().join(format!("cgroup-{}", process::id()));
         fs::create_dir(&hierarchy).expect("make a folder");
         run(&format!("mount -t cgroup2 none {}", hierarchy.display()));
         fs::write(hierarchy.join("cgroup.subtree_control"), "+memory").expect("enable memcg");
