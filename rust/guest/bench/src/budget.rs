@@ -74,7 +74,7 @@ const BUDGETS: &[Budget] = &[
 ];
 
 /// Gives the rows their limits. Returns the names of budgets that no row has.
-pub fn apply(rows: &mut [Row]) -> Vec<&'static str> {
+pub fn apply(rows: &mut [Row]) -> Vec<String> {
     let mut unused = Vec::new();
     for budget in BUDGETS {
         let mut found = false;
@@ -87,7 +87,7 @@ pub fn apply(rows: &mut [Row]) -> Vec<&'static str> {
             found = true;
         }
         if !found {
-            unused.push(budget.name);
+            unused.push(format!("{} {:?}", budget.name, budget.params));
         }
     }
     unused
