@@ -15,7 +15,10 @@ use loom::thread::{self, ThreadId};
 use std::{
     cell::RefCell,
     collections::BTreeSet,
+    env,
     fmt::Debug,
+    fs::OpenOptions,
+    io::Write,
     rc::Rc,
     sync::{
         Arc, Mutex, Weak,
@@ -52,6 +55,9 @@ fn with<R>(f: impl FnOnce(&mut ModelState) -> R) -> R {
     STATE.with(|state| f(&mut state.borrow_mut()))
 }
 
+/// In one run of a model. loom panics if this is not enough.
+const MAX_BRANCHES: usize = 100_000;
+
 fn run<R: Ord + Send + 'static>(
     preemptions: Option<usize>,
     f: impl Fn() -> R + Send + Sync + 'static,
@@ -63,7 +69,7 @@ fn run<R: Ord + Send + 'static>(
     let mut builder = loom::model::Builder::new();
 
     builder.preemption_bound = preemptions;
-    builder.max_branches = 20_000;
+    builder.max_branches = MAX_BRANCHES;
     builder.check(move || {
         counted.fetch_add(1, Relaxed);
         with(|state| *state = ModelState::default());
@@ -85,20 +91,31 @@ fn run<R: Ord + Send + 'static>(
 /// Runs `f` in every order of its threads that matters, or those with at most `preemptions`
 /// preemptions, and returns its different results.
 ///
-/// All that `f` allocates has to be freed in the end. Prints how many orders there were.
+/// All that `f` allocates has to be freed in the end. Reports how many orders there were.
 pub fn model<R: Debug + Ord + Send + 'static>(
     preemptions: Option<usize>,
     f: impl Fn() -> R + Send + Sync + 'static,
 ) -> BTreeSet<R> {
     let (results, interleavings) = run(preemptions, f);
-    let thread = std::thread::current();
+    let bound = preemptions.map_or("none".into(), |n| format!("{n} preemptions"));
 
-    println!(
-        "model {}: {interleavings} interleavings, {}, results {results:?}",
-        thread.name().unwrap_or("?"),
-        preemptions.map_or("all".into(), |n| format!("at most {n} preemptions")),
-    );
+    report(&format!(
+        "{interleavings} interleavings, bound: {bound}, results: {results:?}"
+    ));
     results
+}
+
+/// Prints what a test has done. Appends it to the file that the environment names, if it does.
+pub fn report(what: &str) {
+    let line = format!("{}: {what}\n", std::thread::current().name().unwrap_or("?"));
+
+    print!("{line}");
+    if let Some(path) = env::var_os("UVERBS_MMU_NOTIFY_REPORT") {
+        let file = OpenOptions::new().create(true).append(true).open(path);
+
+        // At once, as other tests append to it.
+        file.unwrap().write_all(line.as_bytes()).unwrap();
+    }
 }
 
 /// Runs `f`, which has no threads, once.

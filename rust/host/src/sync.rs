@@ -32,7 +32,33 @@ pub mod aref {
 }
 
 pub mod atomic {
-    use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+    use loom::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+    /// An atomic of loom, with a repair.
+    ///
+    /// Before a store, loom 0.7 looks for orders to be tried at the last access to the atomic only.
+    /// If that was a load by the thread that stores, it misses those in which the store precedes an
+    /// earlier load by another thread. So each access is announced by a read-modify-write, which
+    /// conflicts with all others and, being relaxed, orders no memory without a fence.
+    pub(crate) struct Announced<A> {
+        atomic: A,
+        announced: AtomicUsize,
+    }
+
+    impl<A> Announced<A> {
+        pub(crate) fn new(atomic: A) -> Self {
+            Self {
+                atomic,
+                announced: AtomicUsize::new(0),
+            }
+        }
+
+        /// Returns the atomic, for one access.
+        pub(crate) fn access(&self) -> &A {
+            self.announced.fetch_add(0, Ordering::Relaxed);
+            &self.atomic
+        }
+    }
 
     /// A barrier on both sides. What loom has instead orders less.
     pub struct Full;
@@ -100,28 +126,28 @@ pub mod atomic {
     }
     atomic!(u32 => AtomicU32, u64 => AtomicU64);
 
-    pub struct Atomic<T: AtomicType>(T::Atomic);
+    pub struct Atomic<T: AtomicType>(Announced<T::Atomic>);
 
     impl<T: AtomicType> Atomic<T> {
         pub fn new(value: T) -> Self {
-            Self(T::new(value))
+            Self(Announced::new(T::new(value)))
         }
 
         pub fn load<O: AcquireOrRelaxed>(&self, _: O) -> T {
-            T::load(&self.0, O::ORDERING)
+            T::load(self.0.access(), O::ORDERING)
         }
 
         pub fn store<O: ReleaseOrRelaxed>(&self, value: T, _: O) {
-            value.store(&self.0, O::ORDERING);
+            value.store(self.0.access(), O::ORDERING);
         }
 
         pub fn xchg<O: AnyOrdering>(&self, new: T, _: O) -> T {
-            new.xchg(&self.0, O::ORDERING)
+            new.xchg(self.0.access(), O::ORDERING)
         }
 
         /// Orders only if it succeeds.
         pub fn cmpxchg<O: AnyOrdering>(&self, old: T, new: T, _: O) -> Result<T, T> {
-            old.cmpxchg(new, &self.0, O::ORDERING)
+            old.cmpxchg(new, self.0.access(), O::ORDERING)
         }
     }
 }
@@ -404,8 +430,10 @@ impl<T, U> LockedBy<T, U> {
 
 pub mod poll {
     use super::{
-        Deref, check,
-        lock::{Backend, Guard},
+        Deref,
+        atomic::Announced,
+        check,
+        lock::{Backend, Guard}, //
     };
     use crate::{
         alloc::{AllocError, Flags},
@@ -441,6 +469,8 @@ pub mod poll {
         wakeups: usize,
         /// Threads with a pending signal. Only those that use this queue matter.
         signals: Vec<ThreadId>,
+        /// Pollers have to forget it: `POLLFREE`.
+        freed: bool,
     }
 
     impl Waiters {
@@ -454,7 +484,7 @@ pub mod poll {
         waiters: Mutex<Waiters>,
         pollers_woken: Condvar,
         /// How many are waiting, for readers without the lock.
-        count: AtomicUsize,
+        count: Announced<AtomicUsize>,
     }
 
     impl WaitQueue {
@@ -462,18 +492,14 @@ pub mod poll {
             self.waiters.lock().unwrap()
         }
 
-        fn wakeups(&self) -> usize {
-            self.lock().wakeups
-        }
-
         /// Counts another waiter. As in the kernel, what the waiter tests is loaded after that.
         fn add(&self, _: &mut Waiters) {
-            self.count.fetch_add(1, Ordering::Relaxed);
+            self.count.access().fetch_add(1, Ordering::Relaxed);
             fence(Ordering::SeqCst);
         }
 
         fn remove(&self, _: &mut Waiters) {
-            self.count.fetch_sub(1, Ordering::Relaxed);
+            self.count.access().fetch_sub(1, Ordering::Relaxed);
         }
 
         /// Like `prepare_to_wait_exclusive()`.
@@ -529,13 +555,26 @@ pub mod poll {
             }
         }
 
-        /// Waits for more wake-ups of pollers than `seen`.
-        fn wait_polling(&self, seen: usize) {
+        /// Waits for more wake-ups of pollers than `seen`. Returns how many there are, or `None` if
+        /// the queue has been freed.
+        fn wait_polling(&self, seen: usize) -> Option<usize> {
             let mut waiters = self.lock();
 
-            while waiters.wakeups == seen {
+            while waiters.wakeups == seen && !waiters.freed {
                 waiters = self.pollers_woken.wait(waiters).unwrap();
             }
+            (!waiters.freed).then_some(waiters.wakeups)
+        }
+
+        /// Like `wake_up_pollfree()` and the grace period after it.
+        fn free(&self) {
+            check::might_sleep();
+
+            let mut waiters = self.lock();
+
+            assert!(waiters.sleepers.is_empty(), "somebody sleeps on it");
+            waiters.freed = true;
+            self.pollers_woken.notify_all();
         }
 
         pub(crate) fn set_signal_pending(&self, thread: ThreadId, pending: bool) {
@@ -564,7 +603,7 @@ pub mod poll {
             let queue = Arc::new(WaitQueue {
                 waiters: Mutex::new(Waiters::default()),
                 pollers_woken: Condvar::new(),
-                count: AtomicUsize::new(0),
+                count: Announced::new(AtomicUsize::new(0)),
             });
 
             check::new_wait_queue(&queue);
@@ -591,7 +630,7 @@ pub mod poll {
 
         pub fn has_waiters(&self) -> bool {
             fence(Ordering::SeqCst);
-            self.queue.count.load(Ordering::Relaxed) != 0
+            self.queue.count.access().load(Ordering::Relaxed) != 0
         }
 
         pub fn notify_one(&self) {
@@ -600,6 +639,14 @@ pub mod poll {
 
         pub fn notify_all(&self) {
             self.queue.wake(usize::MAX);
+        }
+    }
+
+    impl Drop for PollCondVarBox {
+        fn drop(&mut self) {
+            if !std::thread::panicking() {
+                self.queue.free();
+            }
         }
     }
 
@@ -624,12 +671,18 @@ pub mod poll {
             PollTable(Some(self))
         }
 
-        /// Sleeps until there has been a wake-up since the registration or the last call.
-        pub fn wait(&self) {
-            for (queue, seen) in self.waits.borrow_mut().iter_mut() {
-                queue.wait_polling(*seen);
-                *seen = queue.wakeups();
-            }
+        /// Sleeps until there has been a wake-up since the registration or the last call. Forgets
+        /// what has been freed, and returns whether something is left.
+        pub fn wait(&self) -> bool {
+            let mut waits = self.waits.borrow_mut();
+
+            waits.retain_mut(|(queue, seen)| {
+                let wakeups = queue.wait_polling(*seen);
+
+                *seen = wakeups.unwrap_or(0);
+                wakeups.is_some()
+            });
+            !waits.is_empty()
         }
     }
 

@@ -39,14 +39,54 @@ mod trace {
 
 mod concurrent;
 mod sequential;
+mod shim;
 mod single;
 
 use core::ptr::NonNull;
-use kernel::sync::{
-    Arc,
-    atomic::{Acquire, Atomic},
+use kernel::{
+    check,
+    sync::{
+        Arc,
+        atomic::{Acquire, Atomic},
+    }, //
 };
+use proptest::test_runner::{Config, FileFailurePersistence, RngAlgorithm, RngSeed};
 use queue::{CounterPage, Queue};
+use std::{
+    env,
+    hash::{BuildHasher, RandomState}, //
+};
+
+/// Returns how the random tests run, unless the environment says otherwise.
+fn proptest_config() -> Config {
+    let default = Config::default();
+    let seed = match default.rng_seed {
+        RngSeed::Fixed(seed) => seed,
+        RngSeed::Random => RandomState::new().hash_one(()),
+    };
+
+    // For a test that fails.
+    println!("PROPTEST_RNG_SEED={seed}");
+    Config {
+        cases: env::var("PROPTEST_CASES").map_or(100_000, |_| default.cases),
+        rng_seed: RngSeed::Fixed(seed),
+        // Failures are kept, and tried first.
+        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
+        // The default one is slow without optimisation.
+        rng_algorithm: RngAlgorithm::XorShift,
+        max_local_rejects: u32::MAX,
+        max_shrink_iters: 4096,
+        ..default
+    }
+}
+
+/// To be called when they have passed.
+fn report_histories(config: &Config) {
+    check::report(&format!(
+        "{} histories, seed {}",
+        config.cases, config.rng_seed
+    ));
+}
 
 /// The generation as userspace loads it: from the page, without a lock.
 struct Generation {

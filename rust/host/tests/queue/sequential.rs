@@ -4,7 +4,9 @@
 
 use crate::{
     Generation,
+    proptest_config,
     queue::{self, Buffer, Queue, Watch},
+    report_histories,
     state::Record, //
 };
 use kernel::{
@@ -22,13 +24,9 @@ use kernel::{
     },
 };
 use loom::thread;
-use proptest::{
-    collection::vec,
-    prelude::*,
-    test_runner::{FileFailurePersistence, RngAlgorithm}, //
-};
+use proptest::{collection::vec, prelude::*};
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, Ref, RefCell},
     collections::{BTreeMap, BTreeSet},
     ops::Range,
     rc::Rc,
@@ -196,7 +194,7 @@ struct Seen {
     delivered: u32,
 }
 
-/// What is to be seen of a queue.
+/// What is to be seen of a queue: what follows from the list, worked out as it grows.
 #[derive(Default)]
 struct View {
     watches: BTreeMap<usize, Seen>,
@@ -208,20 +206,11 @@ struct View {
 }
 
 impl View {
-    fn of(history: &[Happened]) -> Self {
-        let mut view = Self::default();
-
-        for happened in history {
-            view.apply(happened);
-        }
-        view
-    }
-
-    fn apply(&mut self, happened: &Happened) {
+    fn apply(&mut self, happened: Happened) {
         match happened {
             Happened::Started(cookie, mr) => {
                 let seen = Seen {
-                    mr: mr.clone(),
+                    mr,
                     live: false,
                     pages: BTreeSet::new(),
                     reasons: 0,
@@ -229,17 +218,17 @@ impl View {
                     delivered: 0,
                 };
 
-                self.watches.insert(*cookie, seen);
+                self.watches.insert(cookie, seen);
             }
             Happened::WentLive(cookie) => {
-                self.watches.get_mut(cookie).unwrap().live = true;
-                self.queue_event(*cookie);
+                self.watches.get_mut(&cookie).unwrap().live = true;
+                self.queue_event(cookie);
             }
             Happened::Invalidated(range, reason) => {
                 for cookie in self.watches.keys().copied().collect::<Vec<_>>() {
                     let seen = self.watches.get_mut(&cookie).unwrap();
                     let pages = |range: &Range<usize>| range.start / PAGE..range.end.div_ceil(PAGE);
-                    let (mr, range) = (pages(&seen.mr), pages(range));
+                    let (mr, range) = (pages(&seen.mr), pages(&range));
                     let pages = mr.start.max(range.start)..mr.end.min(range.end);
 
                     if !pages.is_empty() {
@@ -250,7 +239,7 @@ impl View {
                 }
             }
             Happened::Delivered(cookie) => {
-                let seen = self.watches.get_mut(cookie).unwrap();
+                let seen = self.watches.get_mut(&cookie).unwrap();
 
                 seen.pages.clear();
                 seen.reasons = 0;
@@ -258,7 +247,7 @@ impl View {
                 seen.delivered += 1;
             }
             Happened::Stopped(cookie) => {
-                self.watches.remove(cookie);
+                self.watches.remove(&cookie);
             }
             Happened::Polled => self.polled = true,
             Happened::FellAsleep => self.asleep = true,
@@ -347,7 +336,7 @@ struct Run {
     poller: Poller,
     /// The queue of each watch, by cookie, and its registration until it is stopped.
     watches: RefCell<Vec<(usize, Option<Registration<Watch>>)>>,
-    histories: RefCell<[Vec<Happened>; 2]>,
+    views: RefCell<[View; 2]>,
 }
 
 impl Run {
@@ -361,16 +350,16 @@ impl Run {
             mm,
             poller: Poller::default(),
             watches: RefCell::default(),
-            histories: RefCell::default(),
+            views: RefCell::default(),
         })
     }
 
     fn happened(&self, queue: usize, happened: Happened) {
-        self.histories.borrow_mut()[queue].push(happened);
+        self.views.borrow_mut()[queue].apply(happened);
     }
 
-    fn view(&self, queue: usize) -> View {
-        View::of(&self.histories.borrow()[queue])
+    fn view(&self, queue: usize) -> Ref<'_, View> {
+        Ref::map(self.views.borrow(), |views| &views[queue])
     }
 
     /// Returns the cookie of a watch that has not been stopped.
@@ -529,9 +518,12 @@ impl Run {
 
                 let view = run.view(queue);
 
+                let asleep = view.asleep;
+
                 // A wake-up is not lost. Another reader may have been faster.
-                assert!(!view.asleep || view.ready() == 0);
-                if signal || view.asleep {
+                assert!(!asleep || view.ready() == 0);
+                drop(view);
+                if signal || asleep {
                     interrupted.set(true);
                     check::set_signal_pending(thread::current().id(), true);
                 }
@@ -623,6 +615,7 @@ impl Buffer for Script {
         expected.truncate(limit);
         assert!(!view.closed && !records.is_empty());
         assert_eq!(records, expected);
+        drop(view);
         match self.copies.next() {
             None | Some(Copy::Succeed) => {
                 for record in records {
@@ -674,26 +667,12 @@ impl Buffer for Script {
     }
 }
 
-fn config() -> ProptestConfig {
-    let default = ProptestConfig::default();
+/// G4, G5, G8: every history of operations has the results that its list implies.
+#[test]
+fn operations() {
+    let config = proptest_config();
 
-    ProptestConfig {
-        // What the environment asks for, if it does.
-        cases: std::env::var("PROPTEST_CASES").map_or(1000, |_| default.cases),
-        // Failures are kept, and tried first.
-        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
-        // The default one is slow without optimisation.
-        rng_algorithm: RngAlgorithm::XorShift,
-        ..default
-    }
-}
-
-proptest! {
-    #![proptest_config(config())]
-
-    /// G4, G5, G8: every history of operations has the results that its list implies.
-    #[test]
-    fn operations(ops in vec(op(), 1..80), queues_first in any::<bool>()) {
+    proptest!(config, |(ops in vec(op(), 1..80), queues_first in any::<bool>())| {
         check::sequential(move || {
             let run = Run::new();
 
@@ -719,7 +698,8 @@ proptest! {
                 }
             }
         });
-    }
+    });
+    report_histories(&config);
 }
 
 /// The one MR of the tests below.

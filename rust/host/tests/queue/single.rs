@@ -4,7 +4,9 @@
 
 use crate::{
     Generation,
+    proptest_config,
     queue::{self, Queue, Watch},
+    report_histories,
     state::{Pending, Reason, Record, Region}, //
 };
 use kernel::{
@@ -16,7 +18,7 @@ use kernel::{
     page::{PAGE_SHIFT, PAGE_SIZE},
     prelude::*, //
 };
-use proptest::prelude::*;
+use proptest::{collection::vec, prelude::*};
 use std::ops::Range;
 
 const REASONS: [Reason; 2] = [Reason::Unmapped, Reason::MaybeStale];
@@ -76,16 +78,14 @@ fn unit(mr: &Range<usize>) -> u128 {
     unit
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+/// G1, G4: an event covers every invalidation that has merged into it, and no more than the MR
+/// and whole units.
+#[test]
+fn span_of_invalidations() {
+    let config = proptest_config();
+    let invalidations = vec((range(usize::MAX), 0..2usize), 0..6);
 
-    /// G1, G4: an event covers every invalidation that has merged into it, and no more than the MR
-    /// and whole units.
-    #[test]
-    fn span_of_invalidations(
-        mr in range(LAST_END),
-        invalidations in prop::collection::vec((range(usize::MAX), 0..2usize), 0..6),
-    ) {
+    proptest!(config, |(mr in range(LAST_END), invalidations in invalidations)| {
         let unit = unit(&mr);
         let region = Region::new(mr.clone()).unwrap();
         let mut pending: Option<Pending> = None;
@@ -128,7 +128,8 @@ proptest! {
             // The packed word survives.
             prop_assert_eq!(Pending::from(u64::from(merged)), merged);
         }
-    }
+    });
+    report_histories(&config);
 }
 
 /// The limits of the packing: an MR of 2^30 pages is exact, a larger one is not.
