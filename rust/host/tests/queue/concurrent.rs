@@ -231,7 +231,7 @@ fn covered(records: &[Record]) -> Range<usize> {
 /// G5: the count of a deregistration is that of the events copied out, none of them later.
 /// G4: a fault loses nothing.
 fn stop_counts(faults: bool) {
-    let results = check::model(None, move || {
+    let results = check::model(Some(4), move || {
         let setup = Setup::new();
         let watch = setup.live(0);
         let stopped = sync::Arc::new(AtomicUsize::new(0));
