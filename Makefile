@@ -34,15 +34,15 @@ bench: release ## what watching costs, in instructions, beside its peers; fails 
 	@scripts/bench
 bench-compare: release ## what a change did to that: BASE=REVISION, or BASE='BEFORE.json AFTER.json'
 	@scripts/bench-compare $(BASE)
-profile: release ## where those instructions go, by symbol
+profile: build ## where those instructions go, by symbol; O=release|inline
 	@scripts/profile
 stress: debug release libraries ## the random tests on the debug kernel, again and again, then with MPI
 	@scripts/stress
 host-test: linux ## the tests that need no kernel
 	@scripts/with-headers $(CURDIR)/scripts/host-test
-boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|debug
+boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|inline|debug
 	@scripts/boot "$$O" boot "$$CMD"
-build: linux ## build the kernel O=release|debug
+build: linux ## build the kernel O=release|inline|debug
 	@scripts/build "$$O"
 release debug: linux
 	@scripts/build $@
@@ -61,6 +61,6 @@ refresh: ## export the commits of build/NAME to patches/NAME: each, or S=NAME
 setup: ## install what all of these need
 	@scripts/setup
 clean: ## remove the kernels and programs built, not the source tree
-	rm -rf build/release build/debug build/off build/commit-* build/patched* build/headers build/cargo build/bare build/out build/libraries
+	rm -rf build/release build/inline build/debug build/off build/commit-* build/patched* build/headers build/cargo build/bare build/out build/libraries build/mpi build/go-cache build/kselftest
 
 .PHONY: help demo demo-mpi test test-mpi check check-full mutants bench bench-compare profile stress host-test boot build release debug libraries linux tree refresh setup clean
