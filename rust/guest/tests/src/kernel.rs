@@ -192,6 +192,19 @@ impl FailAllocation {
     /// Fails allocation number `nth`, from 1, of the kernel in `run`. Returns the result
     /// of `run`, and whether there were that many allocations.
     pub fn at<T>(&self, nth: u32, run: impl FnOnce() -> T) -> (T, bool) {
+        let (result, left) = self.armed(nth, run);
+        (result, left == 0)
+    }
+
+    /// How many allocations the kernel makes in `run`.
+    pub fn count<T>(&self, run: impl FnOnce() -> T) -> (T, u32) {
+        const MANY: u32 = 1_000_000;
+        let (result, left) = self.armed(MANY, run);
+        (result, MANY - left)
+    }
+
+    /// Returns what is left of `nth`, too.
+    fn armed<T>(&self, nth: u32, run: impl FnOnce() -> T) -> (T, u32) {
         let mut left = [0; 16];
         self.0
             .write_all_at(nth.to_string().as_bytes(), 0)
@@ -199,7 +212,8 @@ impl FailAllocation {
         let result = run();
         let len = self.0.read_at(&mut left, 0).expect("read what is left");
         self.0.write_all_at(b"0", 0).expect("disarm");
-        (result, &left[..len] == b"0\n")
+        let left = std::str::from_utf8(&left[..len]).expect("text");
+        (result, left.trim().parse().expect("a number"))
     }
 }
 
