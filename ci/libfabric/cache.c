@@ -166,7 +166,7 @@ static void forking(void)
 	first = reg(idle);
 	check(fi_mr_key(first) == key, "and one that was not");
 	change(idle);
-	check(!same(first, idle), "and is told of changes");
+	check(!same(first, idle), "and sees changes");
 	must(fi_close(&first->fid), "fi_close");
 	must(fi_close(&mr->fid), "fi_close");
 }
@@ -200,7 +200,7 @@ int main(int argc, char **argv)
 	check(channels() == !none, none ? "without a channel" : "with a channel");
 	change(buffer);
 	check(same(mr, buffer) == none, none ? "it does not see a raw system call" :
-					       "it is told of a raw system call");
+					       "it sees a raw system call");
 	must(fi_close(&mr->fid), "fi_close");
 	if (!none) {
 		forking();

@@ -35,7 +35,7 @@ pub fn run(rows: &mut Rows) -> Result<()> {
 
 /// A userfaultfd for changes of the mapping, and its reader. What makes a change waits
 /// until the reader has read of it. The reader holds the lock from before it reads until
-/// all is marked, so that whoever takes the lock afterwards finds it marked.
+/// all is marked, so the next owner of the lock finds it marked.
 pub struct Monitor<T> {
     fd: Arc<OwnedFd>,
     state: Arc<Mutex<T>>,
