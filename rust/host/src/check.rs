@@ -13,7 +13,7 @@ use crate::{
 };
 use loom::thread::{self, ThreadId};
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::BTreeSet,
     env,
     fmt::Debug,
@@ -103,6 +103,31 @@ pub fn model<R: Debug + Ord + Send + 'static>(
         "{interleavings} interleavings, bound: {bound}, results: {results:?}"
     ));
     results
+}
+
+/// Runs `f` twice, for a model that is too large in every order with the repair of atomics, see
+/// [`crate::sync::atomic`]: in every order without it, and with it as [`model`].
+pub fn model_twice<R: Debug + Ord + Send + 'static>(
+    preemptions: usize,
+    f: impl Fn() -> R + Send + Sync + 'static,
+) -> BTreeSet<R> {
+    let f = Arc::new(f);
+    let again = f.clone();
+
+    REPAIRS.set(false);
+    let mut results = model(None, move || f());
+    REPAIRS.set(true);
+    results.append(&mut model(Some(preemptions), move || again()));
+    results
+}
+
+thread_local! {
+    static REPAIRS: Cell<bool> = const { Cell::new(true) };
+}
+
+/// Returns whether accesses of atomics are announced.
+pub(crate) fn repairs() -> bool {
+    REPAIRS.get()
 }
 
 /// Prints what a test has done. Appends it to the file that the environment names, if it does.

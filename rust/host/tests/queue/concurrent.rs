@@ -231,7 +231,7 @@ fn covered(records: &[Record]) -> Range<usize> {
 /// G5: the count of a deregistration is that of the events copied out, none of them later.
 /// G4: a fault loses nothing.
 fn stop_counts(faults: bool) {
-    let results = check::model(Some(4), move || {
+    let results = check::model_twice(4, move || {
         let setup = Setup::new();
         let watch = setup.live(0);
         let stopped = sync::Arc::new(AtomicUsize::new(0));
@@ -691,7 +691,7 @@ fn event_wakes_poller() {
 /// One event wakes a poller as well as a blocked reader.
 #[test]
 fn event_wakes_poller_and_reader() {
-    check::model(Some(3), || {
+    check::model_twice(3, || {
         let setup = Setup::new();
         let watch = setup.live(0);
         let polled = spawn(&setup, |setup| {
@@ -714,7 +714,7 @@ fn event_wakes_poller_and_reader() {
 /// After a drain until `EAGAIN` the next event wakes a poller: epoll's edge.
 #[test]
 fn event_after_drain_wakes_poller() {
-    let results = check::model(Some(3), || {
+    let results = check::model_twice(3, || {
         let setup = Setup::new();
         let watches = [setup.live(0), setup.live(1)];
         let edge = spawn(&setup, |setup| {
@@ -817,7 +817,7 @@ fn close_invalidate_read() {
 /// G8: a watch that goes live while its queue is closed queues its event before or not at all.
 #[test]
 fn close_go_live() {
-    let results = check::model(Some(4), || {
+    let results = check::model_twice(4, || {
         let setup = Setup::new();
         let watch = setup.start(0);
         let polled = spawn(&setup, poll);
