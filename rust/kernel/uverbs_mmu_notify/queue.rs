@@ -141,12 +141,7 @@ pub(crate) struct Queue {
 }
 
 /// The events that a reader is copying. Part of the queue only to keep it off the stack.
-#[derive(Default)]
-struct Batch {
-    records: [Record; BATCH],
-    /// The pending events that the records were made from.
-    taken: [Pending; BATCH],
-}
+type Batch = [Record; BATCH];
 
 /// # Invariants
 ///
@@ -251,8 +246,8 @@ impl Inner {
         self.generation
     }
 
-    /// Delivers up to `max` of the oldest events: copies them to `buffer` by way of `batch`, counts
-    /// them, and removes them from the queue.
+    /// Delivers the oldest events, at most `max` and at most [`BATCH`]: copies them to `buffer` by
+    /// way of `batch`, counts them, and removes them from the queue.
     ///
     /// All of this happens under the lock, so no event is delivered after deregistration has
     /// returned the count. Returns the number of events: `Ok` if they were delivered, `Err` if the
@@ -263,28 +258,24 @@ impl Inner {
         batch: &mut Batch,
         max: usize,
     ) -> Result<usize, usize> {
-        let Batch { records, taken } = batch;
         let mut count = 0;
 
-        for ((record, taken), watch) in records
-            .iter_mut()
-            .zip(&mut *taken)
-            .take(max)
-            .zip(self.pending.iter())
-        {
+        for (record, watch) in batch[..max.min(BATCH)].iter_mut().zip(self.pending.iter()) {
             // Clear `pending` before the copy: an invalidation either has already merged into the
             // event that is taken here, or finds no event and waits for the lock. Relaxed: the lock
             // orders everything else.
-            *taken = watch.pending.xchg(Pending::NONE.into(), Relaxed).into();
+            let event = watch.pending.xchg(Pending::NONE.into(), Relaxed).into();
             let generation = watch.state.access(self).generation;
-            *record = watch.region.record(*taken, watch.cookie, generation);
+            *record = watch.region.record(event, watch.cookie, generation);
             count += 1;
         }
 
-        if buffer.copy(&records[..count]).is_err() {
-            for (taken, watch) in taken[..count].iter().zip(self.pending.iter()) {
+        let records = &batch[..count];
+        if buffer.copy(records).is_err() {
+            for (record, watch) in records.iter().zip(self.pending.iter()) {
+                let event = watch.region.pending(record);
                 // Release: as in `Watch::report()`.
-                watch.pending.store((*taken).into(), Release);
+                watch.pending.store(event.into(), Release);
             }
             return Err(count);
         }
@@ -466,7 +457,7 @@ impl Queue {
 
             match delivered {
                 Ok(count) => {
-                    trace::deliver(self, &batch.records[..count]);
+                    trace::deliver(self, &batch[..count]);
                     drop(batch);
                     *done += count;
                     if *done == max || !more || buffer.interrupted() {

@@ -52,7 +52,7 @@ impl Reason {
 /// The pending event of an MR in one word: its reasons, and its range in units of the [`Region`].
 ///
 /// [`Pending::NONE`] if there is none.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pending(u64);
 
 impl Pending {
@@ -63,11 +63,11 @@ impl Pending {
     const UNIT_MASK: u64 = (1 << Self::UNIT_BITS) - 1;
 
     /// Returns the event for the units `first` to `last`, inclusive.
-    fn new(first: u64, last: u64, reason: Reason) -> Self {
+    fn new(first: u64, last: u64, reasons: u64) -> Self {
         Self(
             (last << (Self::REASON_BITS + Self::UNIT_BITS))
                 | (first << Self::REASON_BITS)
-                | u64::from(reason as u8),
+                | reasons,
         )
     }
 
@@ -87,11 +87,10 @@ impl Pending {
     ///
     /// Neither may be [`Pending::NONE`].
     pub(crate) fn merge(self, other: Self) -> Self {
-        Self(
-            (self.last().max(other.last()) << (Self::REASON_BITS + Self::UNIT_BITS))
-                | (self.first().min(other.first()) << Self::REASON_BITS)
-                | self.reasons()
-                | other.reasons(),
+        Self::new(
+            self.first().min(other.first()),
+            self.last().max(other.last()),
+            self.reasons() | other.reasons(),
         )
     }
 }
@@ -134,41 +133,77 @@ impl Region {
         })
     }
 
-    /// Returns the binary logarithm of the size of a unit in bytes.
-    fn unit_shift(&self) -> usize {
-        let mut shift = PAGE_SHIFT;
-        while ((((self.end - 1) >> shift) - (self.start >> shift)) >> Pending::UNIT_BITS) != 0 {
+    /// Returns whether there are at most 2^30 units if they have `1 << shift` bytes.
+    fn fits(&self, shift: usize) -> bool {
+        (((self.end - 1) >> shift) - (self.start >> shift)) >> Pending::UNIT_BITS == 0
+    }
+
+    /// Calls `f` with the binary logarithm of the size of a unit in bytes.
+    ///
+    /// Nearly always that is `PAGE_SHIFT`. `f` is compiled for that value, too, since shifts by a
+    /// constant are cheaper.
+    #[inline(always)]
+    fn with_unit_shift<T>(&self, f: impl Fn(usize) -> T) -> T {
+        if self.fits(PAGE_SHIFT) {
+            return f(PAGE_SHIFT);
+        }
+        let mut shift = PAGE_SHIFT + 1;
+        while !self.fits(shift) {
             shift += 1;
         }
-        shift
+        f(shift)
     }
 
     /// Returns the event for an invalidation of `range`, or `None` if it is outside.
     pub(crate) fn event(&self, range: Range<usize>, reason: Reason) -> Option<Pending> {
-        let shift = self.unit_shift();
-        let base = self.start >> shift;
-        // Round to whole units, as pages change as a whole.
-        let first = (range.start >> shift).max(base);
-        let last = (range.end.saturating_sub(1) >> shift).min((self.end - 1) >> shift);
+        self.with_unit_shift(|shift| {
+            let base = self.start >> shift;
+            // Round to whole units, as pages change as a whole.
+            let first = (range.start >> shift).max(base);
+            let last = (range.end.saturating_sub(1) >> shift).min((self.end - 1) >> shift);
 
-        (first <= last).then(|| Pending::new((first - base) as u64, (last - base) as u64, reason))
+            (first <= last).then(|| {
+                Pending::new(
+                    (first - base) as u64,
+                    (last - base) as u64,
+                    u64::from(reason as u8),
+                )
+            })
+        })
     }
 
     /// Returns `pending`, which must be an event of this region, as userspace reads it.
     pub(crate) fn record(&self, pending: Pending, cookie: u64, generation: u64) -> Record {
-        let shift = self.unit_shift();
-        let base = self.start >> shift;
         // CAST: Offsets in units of this region, which fit in `usize` as its addresses do.
         let (first, last) = (pending.first() as usize, pending.last() as usize);
-        let last_byte = ((base + last) << shift) | ((1 << shift) - 1);
+        let (start, last_byte) = self.with_unit_shift(|shift| {
+            let base = self.start >> shift;
+            (
+                (base + first) << shift,
+                ((base + last) << shift) | ((1 << shift) - 1),
+            )
+        });
 
         Record {
             cookie,
-            start: ((base + first) << shift).max(self.start) as u64,
+            start: start.max(self.start) as u64,
             end: last_byte.min(self.end - 1) as u64 + 1,
             generation,
             reasons: pending.reasons() as u32,
             reserved: 0,
         }
+    }
+
+    /// Returns the event of this region that [`Self::record`] made `record` from.
+    pub(crate) fn pending(&self, record: &Record) -> Pending {
+        self.with_unit_shift(|shift| {
+            let unit = |address: u64| (address >> shift) - (self.start >> shift) as u64;
+
+            Pending::new(
+                unit(record.start),
+                unit(record.end - 1),
+                record.reasons.into(),
+            )
+        })
     }
 }

@@ -125,6 +125,7 @@ fn span_of_invalidations() {
                 ..record
             }));
             prop_assert_eq!(region.record(merged, 7, 9), expected.unwrap());
+            prop_assert_eq!(region.pending(&expected.unwrap()), merged);
             // The packed word survives.
             prop_assert_eq!(Pending::from(u64::from(merged)), merged);
         }
