@@ -5,12 +5,15 @@
 //! writes the file `OUT.N`, N counting from 0: a line for each address that was
 //! executed, with the address, how often, and how often of it between the calls of the
 //! functions at `lock` and at `unlock`. Arguments: `out=OUT,lock=ADDRESS,unlock=ADDRESS`,
-//! hexadecimal. For a guest with one CPU.
+//! hexadecimal. For a guest with one CPU. With `cover=RANGES` it does what [`cover`] says
+//! instead.
 //!
 //! The interface is `qemu-plugin.h` of QEMU. Debian does not package it, so what is used
 //! of it is declared here. A plugin says for which version of the interface it is built;
 //! QEMU_PLUGIN_VERSION gives it at compile time: 1 for QEMU 7 and 8, 3 for later ones,
 //! which do not take 1.
+
+mod cover;
 
 use std::{
     cell::Cell,
@@ -54,6 +57,11 @@ unsafe extern "C" {
         insn: *mut Insn,
         callback: Executed,
         flags: c_int,
+        data: *mut c_void,
+    );
+    fn qemu_plugin_register_atexit_cb(
+        id: u64,
+        callback: extern "C" fn(u64, *mut c_void),
         data: *mut c_void,
     );
     /// Version 1: `const void *(const insn *)`; 3: `size_t (const insn *, void *, size_t)`.
@@ -228,6 +236,7 @@ pub unsafe extern "C" fn qemu_plugin_install(
     argc: c_int,
     argv: *const *const c_char,
 ) -> c_int {
+    let mut ranges = None;
     for index in 0..usize::try_from(argc).unwrap_or(0) {
         // SAFETY: The caller promises that the string is there.
         let argument = unsafe { CStr::from_ptr(*argv.add(index)) }.to_string_lossy();
@@ -236,10 +245,14 @@ pub unsafe extern "C" fn qemu_plugin_install(
         };
         with_counts(|counts| match name {
             "out" => counts.out = value.to_owned(),
+            "cover" => ranges = Some(value.to_owned()),
             "lock" => counts.lock = u64::from_str_radix(value, 16).unwrap_or(0),
             "unlock" => counts.unlock = u64::from_str_radix(value, 16).unwrap_or(0),
             _ => eprintln!("profile plugin: what is {argument}?"),
         });
+    }
+    if let Some(ranges) = ranges {
+        return with_counts(|counts| cover::install(id, &ranges, &counts.out));
     }
     // SAFETY: `id` is this plugin's.
     unsafe { qemu_plugin_register_vcpu_tb_trans_cb(id, translated) };
