@@ -33,6 +33,7 @@ struct ModelState {
     atomic: Vec<ThreadId>,
     /// Threads that hold a mutex.
     mutex: Vec<ThreadId>,
+    locks: usize,
     /// How many allocations have not been freed.
     live: usize,
     /// How many more allocations succeed, if not all.
@@ -178,6 +179,11 @@ pub fn deferred() -> usize {
     with(|state| state.deferred)
 }
 
+/// Returns how often a spinlock or a mutex has been locked.
+pub fn locks() -> usize {
+    with(|state| state.locks)
+}
+
 /// Returns how often waiters have been woken, whether there were any or not.
 pub fn wakeups() -> usize {
     with(|state| state.wakeups)
@@ -249,7 +255,10 @@ impl Held {
     pub(crate) fn locked(self) {
         let current = thread::current().id();
 
-        with(|state| self.threads(state).push(current));
+        with(|state| {
+            state.locks += 1;
+            self.threads(state).push(current);
+        });
     }
 
     pub(crate) fn unlocked(self) {

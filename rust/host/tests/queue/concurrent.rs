@@ -272,6 +272,27 @@ fn invalidate_faulting_read_stop() {
     stop_counts(true);
 }
 
+/// G5: the count is modulo 2^32.
+#[test]
+fn count_wraps() {
+    let results = check::model(None, || {
+        let setup = Setup::new();
+        let watch = setup.live(0);
+
+        watch.object().set_delivered(u32::MAX);
+
+        let unmap = spawn(&setup, |setup| setup.unmap_mr(0));
+        let events = setup.drain().len();
+        let count = queue::stop(watch);
+
+        unmap.join().unwrap();
+        assert_eq!(count, if events == 0 { u32::MAX } else { 0 });
+        events
+    });
+
+    assert_eq!(results, BTreeSet::from([0, 1]));
+}
+
 /// G1, G4: whatever merges, every page that changed is in an event.
 /// G2: the generation advances once per event, which has its value.
 fn invalidations_merge(preemptions: usize, fault: fn() -> Fault) {

@@ -403,6 +403,7 @@ impl Run {
                     2..=7 => None,
                     _ => Some(2),
                 };
+                let (pending, locks) = (self.pending(), check::locks());
 
                 if let Some(reason) = reason {
                     for queue in 0..2 {
@@ -410,6 +411,8 @@ impl Run {
                     }
                 }
                 self.mm.invalidate(Event(*event), range.clone(), || ());
+                // What merges takes no lock.
+                assert_eq!(check::locks() - locks, self.pending() - pending);
             }
             Op::Stop { watch, go_live } => {
                 if let Some(cookie) = self.pick(*watch) {
@@ -423,11 +426,13 @@ impl Run {
                 } else {
                     PollTable::NULL
                 };
+                let locks = check::locks();
 
                 assert_eq!(
                     self.queues[*queue].poll(&File, table),
                     self.view(*queue).ready()
                 );
+                assert_eq!(check::locks(), locks);
             }
             Op::Close(queue) => {
                 self.happened(*queue, Happened::Closed);
@@ -436,6 +441,14 @@ impl Run {
             Op::Read(read) => self.read(read),
         }
         self.compare();
+    }
+
+    /// Returns how many watches have a pending event, queued or not.
+    fn pending(&self) -> usize {
+        let views = self.views.borrow();
+        let watches = views.iter().flat_map(|view| view.watches.values());
+
+        watches.filter(|seen| seen.reasons != 0).count()
     }
 
     fn compare(&self) {
@@ -543,8 +556,13 @@ impl Run {
             end: None,
             fault: None,
         };
+        let (ready, locks) = (self.view(read.queue).ready(), check::locks());
         let result = self.queues[read.queue].read(read.max, read.asleep.is_none(), &mut buffer);
 
+        // What has nothing to deliver, and may not wait, takes no lock.
+        if ready == POLLERR || ready == 0 && read.asleep.is_none() {
+            assert_eq!(check::locks(), locks);
+        }
         if read.asleep.is_some() {
             check::while_asleep(None);
             check::set_signal_pending(thread::current().id(), false);
