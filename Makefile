@@ -7,7 +7,7 @@ S = linux rdma-core libfabric ucx
 # What to set up for: the demo, the tests, the libraries, or the checks, which need
 # everything.
 FOR = demo
-test bench bench-compare profile stress mutants host-test debug: FOR = test
+test bench bench-compare profile coverage stress mutants host-test debug: FOR = test
 libraries: FOR = libraries
 demo-mpi test-mpi: FOR = mpi
 check check-full: FOR = check
@@ -36,13 +36,15 @@ bench-compare: release ## what a change did to that: BASE=REVISION, or BASE='BEF
 	@scripts/bench-compare $(BASE)
 profile: build ## where those instructions go, by symbol; O=release|inline
 	@scripts/profile
+coverage: linux ## which lines of the series the tests execute; lists those that need a test
+	@scripts/coverage
 stress: debug release libraries ## the random tests on the debug kernel, again and again, then with MPI
 	@scripts/stress
 host-test: linux ## the tests that need no kernel
 	@scripts/with-headers $(CURDIR)/scripts/host-test
 boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|inline|debug
 	@scripts/boot "$$O" boot "$$CMD"
-build: linux ## build the kernel O=release|inline|debug
+build: linux ## build the kernel O=release|inline|coverage|debug|kcsan
 	@scripts/build "$$O"
 release debug: linux
 	@scripts/build $@
@@ -61,6 +63,6 @@ refresh: ## export the commits of build/NAME to patches/NAME: each, or S=NAME
 setup: ## install what all of these need
 	@scripts/setup
 clean: ## remove the kernels and programs built, not the source tree
-	rm -rf build/release build/inline build/debug build/off build/commit-* build/patched* build/headers build/cargo build/bare build/out build/libraries build/mpi build/go-cache build/kselftest
+	rm -rf build/release build/inline build/coverage build/debug build/kcsan build/off build/commit-* build/patched* build/headers build/cargo build/bare build/out build/libraries build/mpi build/go-cache build/kselftest
 
-.PHONY: help demo demo-mpi test test-mpi check check-full mutants bench bench-compare profile stress host-test boot build release debug libraries linux tree refresh setup clean
+.PHONY: help demo demo-mpi test test-mpi check check-full mutants bench bench-compare profile coverage stress host-test boot build release debug libraries linux tree refresh setup clean
