@@ -5,6 +5,7 @@
 use crate::{
     device::run,
     map::{Map, PAGE},
+    process::{Exit, in_child},
 };
 use rustix::{
     io::{read, write},
@@ -13,13 +14,16 @@ use rustix::{
 use std::{
     env,
     fs::{self, File},
-    io,
+    io::{self, Read, Seek, SeekFrom},
     ops::Range,
-    os::{fd::AsFd, unix::fs::FileExt},
-    path::PathBuf,
+    os::{
+        fd::AsFd,
+        unix::fs::{FileExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
     process,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -176,11 +180,11 @@ impl FailAllocation {
     /// Fails none yet.
     #[expect(clippy::new_without_default)]
     pub fn new() -> Self {
-        // Also those that may sleep, and without a message.
-        for (file, value) in [("ignore-gfp-wait", "N"), ("verbose", "0")] {
-            fs::write(format!("/sys/kernel/debug/failslab/{file}"), value)
-                .expect("set up failslab");
-        }
+        set_up_faults(&["failslab"], 0..0);
+        Self::open()
+    }
+
+    fn open() -> Self {
         let mut options = File::options();
         let file = options
             .read(true)
@@ -210,10 +214,169 @@ impl FailAllocation {
             .write_all_at(nth.to_string().as_bytes(), 0)
             .expect("arm");
         let result = run();
-        let len = self.0.read_at(&mut left, 0).expect("read what is left");
-        self.0.write_all_at(b"0", 0).expect("disarm");
-        let left = std::str::from_utf8(&left[..len]).expect("text");
-        (result, left.trim().parse().expect("a number"))
+        let left = match self.0.read_at(&mut left, 0) {
+            Ok(len) => {
+                let left = std::str::from_utf8(&left[..len]).expect("text");
+                left.trim().parse().expect("a number")
+            }
+            // The copy of the number was the next to fail.
+            Err(e) => {
+                assert_eq!(e.raw_os_error(), Some(libc::EFAULT), "read what is left");
+                1
+            }
+        };
+        // So may the copy of this one be, which disarms as well.
+        let disarm = || self.0.write_all_at(b"0", 0);
+        disarm().or_else(|_| disarm()).expect("disarm");
+        (result, left)
+    }
+}
+
+/// What can fail on purpose, by folders of debugfs.
+const FAULTS: [&str; 3] = ["failslab", "fail_page_alloc", "fail_usercopy"];
+
+/// Counts faults of these kinds and no others, and none that happens in `except`.
+fn set_up_faults(kinds: &[&str], except: Range<u64>) {
+    let set = |kind: &str, file: &str, value: &str| {
+        fs::write(format!("/sys/kernel/debug/{kind}/{file}"), value)
+            .unwrap_or_else(|e| panic!("set up {kind}/{file}: {e}"));
+    };
+    for kind in FAULTS {
+        let counts = kinds.contains(&kind);
+        if !counts && !Path::new("/sys/kernel/debug").join(kind).exists() {
+            continue;
+        }
+        // Without a message.
+        set(kind, "verbose", "0");
+        // No stack ends at 0.
+        let end = if counts { u64::MAX } else { 0 };
+        set(kind, "require-end", &format!("{end:#x}"));
+        set(kind, "reject-start", &format!("{:#x}", except.start));
+        set(kind, "reject-end", &format!("{:#x}", except.end));
+    }
+    // Also allocations that may sleep, and those of a single page.
+    set("failslab", "ignore-gfp-wait", "N");
+    set("fail_page_alloc", "ignore-gfp-wait", "N");
+    set("fail_page_alloc", "ignore-gfp-highmem", "N");
+    set("fail_page_alloc", "min-order", "0");
+}
+
+/// The addresses of a function of the kernel.
+fn function(name: &str) -> Range<u64> {
+    let symbols = fs::read_to_string("/proc/kallsyms").expect("list the symbols");
+    let is_it = |line: &&str| line.split(' ').nth(2) == Some(name);
+    let mut symbols = symbols.lines().skip_while(|line| !is_it(line));
+    let address = |line: &str| u64::from_str_radix(&line[..16], 16).expect("an address");
+    let start = address(symbols.next().unwrap_or_else(|| panic!("no {name}")));
+    // They are sorted, and some have the same address.
+    let end = symbols.map(address).find(|&end| end > start);
+    start..end.expect("a symbol behind it")
+}
+
+/// One allocation, or copy from or to userspace, that fails, see [`each_fault`].
+pub struct Injection {
+    nth: u32,
+    reached: bool,
+    failed: bool,
+}
+
+impl Injection {
+    /// Runs `run` with this fault. A call that fails for that reason says `ENOMEM` or
+    /// `EFAULT`, and nothing else fails.
+    #[track_caller]
+    pub fn inject<T>(&mut self, run: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let (result, reached) = FailAllocation::open().at(self.nth, run);
+        if let Err(e) = &result {
+            let named = matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::EFAULT));
+            assert!(reached && named, "fault {}: {e}", self.nth);
+        }
+        (self.reached, self.failed) = (reached, result.is_err());
+        result
+    }
+
+    /// Runs `run`, which calls [`Self::inject`], in a forked child.
+    #[track_caller]
+    pub fn in_child(&mut self, run: impl FnOnce(&mut Self)) {
+        let child = in_child(|| {
+            run(self);
+            i32::from(self.reached) | i32::from(self.failed) << 1
+        });
+        let Exit::Code(code @ 0..4) = child else {
+            panic!("fault {} in a child: {child:?}", self.nth);
+        };
+        (self.reached, self.failed) = (code & 1 != 0, code & 2 != 0);
+    }
+}
+
+/// Runs `once` with the first fault that its call of [`Injection::inject`] can have, with the
+/// second one, and so on, until there is none left. Returns how many made the call fail.
+/// Allocations by vmalloc are left out.
+#[track_caller]
+pub fn each_fault(what: &str, mut once: impl FnMut(&mut Injection)) -> u32 {
+    static VMALLOC: OnceLock<Range<u64>> = OnceLock::new();
+    // It would report its failure, which is a splat.
+    let vmalloc = VMALLOC.get_or_init(|| function("__vmalloc_node_range_noprof"));
+    set_up_faults(&FAULTS, vmalloc.clone());
+    let (mut injected, mut failed) = (0, 0);
+    for nth in 1.. {
+        let mut fault = Injection {
+            nth,
+            reached: false,
+            failed: false,
+        };
+        once(&mut fault);
+        if !fault.reached {
+            break;
+        }
+        injected += 1;
+        failed += u32::from(fault.failed);
+    }
+    eprintln!("{what}: {injected} faults, of which {failed} made it fail");
+    failed
+}
+
+/// Keeps expected reports of the kernel from the console, where they would be splats.
+pub struct Reports {
+    log: File,
+    what: &'static str,
+}
+
+impl Reports {
+    const SHOW_ALL: &str = "/sys/module/printk/parameters/ignore_loglevel";
+    const LEVEL: &str = "/proc/sys/kernel/printk";
+
+    /// From now on, reports with a stack and this text.
+    pub fn of(what: &'static str) -> Self {
+        let mut options = File::options();
+        let mut log = options
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/kmsg")
+            .expect("open the log");
+        log.seek(SeekFrom::End(0)).expect("go to its end");
+        // Errors are still shown.
+        fs::write(Self::LEVEL, "4").expect("show errors only");
+        fs::write(Self::SHOW_ALL, "N").expect("show no longer all");
+        Self { log, what }
+    }
+
+    /// Shows all on the console again. There must have been no other report. Returns how
+    /// many there were.
+    #[track_caller]
+    pub fn end(mut self) -> usize {
+        fs::write(Self::SHOW_ALL, "Y").expect("show all");
+        let (mut record, mut text) = ([0; 2 * PAGE], String::new());
+        loop {
+            match self.log.read(&mut record) {
+                Ok(len) => text.push_str(&String::from_utf8_lossy(&record[..len])),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) => panic!("read the log: {e}"),
+            }
+        }
+        let count = text.matches(self.what).count();
+        let stacks = text.matches("Call Trace:").count();
+        assert_eq!(stacks, count, "reports, and expected ones: {text}");
+        count
     }
 }
 

@@ -7,19 +7,23 @@
 //! that it checks, `G1:` to `G8:`, which Documentation/design.md lists, or with
 //! `Interface:` for any other statement of the manual.
 
+mod cgroup;
 mod device;
 mod holder;
 mod kernel;
+mod load;
 mod map;
 mod process;
 mod userfault;
 
+pub use cgroup::{Group, in_group};
 pub use device::{Device, device, expect_no_regions, run};
 pub use holder::{Holder, Kind, Work};
 pub use kernel::{
-    Contention, FailAllocation, FailingDereg, Hold, Methods, Ready, Stack, Warnings, Watches,
-    counter_pages,
+    Contention, FailAllocation, FailingDereg, Hold, Injection, Methods, Ready, Reports, Stack,
+    Warnings, Watches, counter_pages, each_fault,
 };
+pub use load::Load;
 pub use map::{Map, PAGE, memfd};
 pub use process::{Blocked, Child, Exit, in_child, sleeps, stop, stop_traced, within};
 pub use userfault::Userfault;

@@ -1,20 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Responses that cannot be copied out, drivers that fail to deregister, and allocations
-//! that fail.
+//! Responses that cannot be copied out, drivers that fail to deregister, and faults:
+//! allocations, and copies from and to userspace, that fail.
 
 use perf_event::{Builder, events::Breakpoint};
-use rustix::{event::PollFlags, io::Errno, ioctl::opcode, mm::MprotectFlags};
+use rustix::{
+    event::{
+        PollFlags, Timespec,
+        epoll::{self, CreateFlags, EventData, EventFlags},
+    },
+    io::Errno,
+    ioctl::opcode,
+    mm::MprotectFlags,
+};
 use std::{
-    fs, io, mem,
+    cell::Cell,
+    fs, io,
+    mem::{self, MaybeUninit},
     ops::Range,
     os::{
-        fd::{AsFd, AsRawFd},
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::process::CommandExt,
     },
     process::Command,
     ptr,
 };
-use uverbs_mmu_notify::{Context, Event, Mr, MrArgs, QpPair, Request, sys::uapi::*, sys::verbs::*};
+use uverbs_mmu_notify::{
+    Context, Event, Mr, MrArgs, NotifyQueue, QpPair, Request, sys::uapi::*, sys::verbs::*,
+};
 use uverbs_mmu_notify_tests::*;
 
 /// More often than the kernel retries.
@@ -219,24 +231,24 @@ fn response_faults() {
     }
 }
 
+fn open_files() -> usize {
+    let files = fs::read_dir("/proc/self/fd").expect("list the files");
+    files.count()
+}
+
 /// G8: if the FD number cannot be copied out, which comes before the queue is made, no FD is
 /// created.
 #[test]
 fn response_of_allocation_faults() {
     let fixture = Fixture::new();
-    let files = || {
-        fs::read_dir("/proc/self/fd")
-            .expect("list the files")
-            .count()
-    };
-    let before = files();
+    let before = open_files();
     let method = (UVERBS_OBJECT_MMU_NOTIFY, UVERBS_METHOD_MMU_NOTIFY_ALLOC);
     let attrs = [attr(UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE, 0, 0)];
     let call = Call::new(&fixture.context, method, &attrs);
     call.protect_last();
     let made = call.make(&fixture.context);
     expect_errno(made, Errno::FAULT, "MMU_NOTIFY_ALLOC");
-    assert_eq!(files(), before, "open files");
+    assert_eq!(open_files(), before, "open files");
 }
 
 /// MR_DESTROY whose response faults: there is no memory at `output`.
@@ -429,13 +441,14 @@ fn abort_fails_once_and_context_closed() {
     assert_closed(&fixture, 0);
 }
 
+const NOW: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+};
+
 /// The queue of the fixture must be closed, and the generation have advanced once.
 #[track_caller]
 fn assert_closed(fixture: &Fixture, before: u64) {
-    const NOW: rustix::event::Timespec = rustix::event::Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
     assert_eq!(fixture.page.load(), before + 1, "generation");
     let read = fixture.queue.read(&mut [Event::default()]);
     expect_errno(read, Errno::IO, "read()");
@@ -589,31 +602,394 @@ fn removal_fails_for_a_window() {
     removal_fails("failing4", watch, 0, 0);
 }
 
-/// G3: G8: a registration leaves nothing, whichever of its allocations fails.
+/// Sends an extended command by write().
+fn command<I, O: Default>(context: &Context, command: u32, input: I) -> io::Result<O> {
+    #[repr(C)]
+    struct Command<I> {
+        command: u32,
+        in_words: u16,
+        out_words: u16,
+        response: u64,
+        provider: u64,
+        input: I,
+    }
+    let mut response = O::default();
+    let command = Command {
+        command: command | IB_USER_VERBS_CMD_FLAG_EXTENDED,
+        in_words: (size_of::<I>() / 8) as u16,
+        out_words: (size_of::<O>() / 8) as u16,
+        response: &raw mut response as u64,
+        provider: 0,
+        input,
+    };
+    let fd = context.as_fd().as_raw_fd();
+    // SAFETY: The commands have no padding, and responses of this size.
+    match unsafe { libc::write(fd, (&raw const command).cast(), size_of_val(&command)) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(response),
+    }
+}
+
+fn create_by_write(context: &Context) -> io::Result<NotifyQueue> {
+    let input = ib_uverbs_ex_create_mmu_notify::default();
+    let response: ib_uverbs_ex_create_mmu_notify_resp =
+        command(context, IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY, input)?;
+    // SAFETY: The command has just made this FD for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(response.notify_fd) }.into())
+}
+
+/// G8: creation of an FD leaves nothing, whichever fault makes it fail, and succeeds then.
 #[test]
-fn registration_without_memory() {
+fn creation_with_faults() {
+    let fixture = Fixture::new();
+    let context = &*fixture.context;
+    let left = || (open_files(), counter_pages());
+    let before = left();
+    let create = |fault: &mut Injection, create: fn(&Context) -> io::Result<NotifyQueue>| {
+        let made = fault.inject(|| create(context));
+        if made.is_err() {
+            assert_eq!(left(), before, "files and queues, after it failed");
+        }
+        made.or_else(|_| create(context)).expect("create it then");
+        assert_eq!(left(), before, "files and queues");
+    };
+    // The first one of a process sets up the notifiers of its address space.
+    let failed = each_fault("MMU_NOTIFY_ALLOC, the first one", |fault| {
+        fault.in_child(|fault| create(fault, NotifyQueue::alloc));
+    });
+    let second = each_fault("MMU_NOTIFY_ALLOC", |fault| {
+        create(fault, NotifyQueue::alloc)
+    });
+    assert!(failed > second && second > 3, "{failed}, {second}");
+    let failed = each_fault("CREATE_MMU_NOTIFY", |fault| create(fault, create_by_write));
+    assert!(failed > 3, "{failed}");
+}
+
+/// Returns the handle.
+fn reg_by_ioctl(fixture: &Fixture, args: &MrArgs) -> io::Result<u32> {
+    let mr = try_reg(&fixture.pd, args)?;
+    let handle = mr.handle();
+    mem::forget(mr);
+    Ok(handle)
+}
+
+fn reg_by_write(fixture: &Fixture, args: &MrArgs) -> io::Result<u32> {
+    let input = ib_uverbs_ex_reg_mr_notify {
+        pd_handle: fixture.pd.handle(),
+        start: args.addr,
+        length: args.length,
+        hca_va: args.addr,
+        cookie: args.cookie.expect("watched"),
+        access_flags: args.access,
+        notify_fd: args.notify_fd.expect("watched") as i32,
+        ..Default::default()
+    };
+    let context = &fixture.context;
+    let response: ib_uverbs_ex_reg_mr_notify_resp =
+        command(context, IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY, input)?;
+    Ok(response.mr_handle)
+}
+
+fn destroy_by_ioctl(fixture: &Fixture, handle: u32) -> io::Result<u32> {
+    let mut reported = 0x5a5a_u32;
+    Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_MR_DESTROY)
+        .object(UVERBS_ATTR_DESTROY_MR_HANDLE, handle.into())
+        .output(UVERBS_ATTR_DESTROY_MR_RESP_EVENTS_REPORTED, &mut reported)
+        .call(&*fixture.context, fixture.context.driver_id())?;
+    Ok(reported)
+}
+
+fn destroy_by_write(fixture: &Fixture, mr_handle: u32) -> io::Result<u32> {
+    let input = ib_uverbs_ex_dereg_mr_notify {
+        mr_handle,
+        ..Default::default()
+    };
+    let context = &fixture.context;
+    let response: ib_uverbs_ex_dereg_mr_notify_resp =
+        command(context, IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY, input)?;
+    Ok(response.events_reported)
+}
+
+/// The cookies of the events that are read.
+#[track_caller]
+fn cookies(fixture: &Fixture) -> Vec<u64> {
+    let events = read_all(&fixture.queue).into_iter();
+    events.map(|event| event.cookie).collect()
+}
+
+/// G3: G4: G8: a registration leaves and reports nothing, whichever fault makes it fail, and
+/// succeeds then. The event of another region is not lost.
+#[test]
+fn registration_with_faults() {
+    type Reg = fn(&Fixture, &MrArgs) -> io::Result<u32>;
     let fixture = Fixture::new();
     let watches = Watches::new();
-    let map = Map::new(2);
-    let args = fixture.args(map, 0..2, 7);
-    let (fail, mut failures) = (FailAllocation::new(), 0);
-    for nth in 1.. {
-        let (made, failed) = fail.at(nth, || try_reg(&fixture.pd, &args));
-        match made {
-            Ok(_) if !failed => break,
-            Ok(_) => (), // it went on without
-            made => {
-                expect_errno(made, Errno::NOMEM, "REG_MR");
-                failures += 1;
-            }
-        }
+    let other = Map::new(1);
+    let other_mr = fixture.watch(other, 0..1, 1);
+    let forms: [(&str, Reg); 2] = [("REG_MR", reg_by_ioctl), ("REG_MR_NOTIFY", reg_by_write)];
+    for (what, register) in forms {
+        let failed = each_fault(what, |fault| {
+            other.map_over(0..1);
+            other.store(0, 0x11);
+            // The pin replaces it: the region is born stale.
+            let map = Map::untouched(1);
+            assert_eq!(map.load(0), 0, "new memory");
+            let args = fixture.args(map, 0..1, 7);
+            let (handle, mut events) = match fault.inject(|| register(&fixture, &args)) {
+                Ok(handle) => {
+                    assert_eq!(cookies(&fixture), [1, 7], "regions with an event");
+                    (handle, 1)
+                }
+                Err(_) => {
+                    assert_eq!(
+                        cookies(&fixture),
+                        [1],
+                        "regions with an event, after it failed"
+                    );
+                    let handle = register(&fixture, &args).expect("register then");
+                    // None if the pin has replaced the page before.
+                    (handle, cookies(&fixture).len() as u32)
+                }
+            };
+            map.map_over(0..1);
+            assert_eq!(
+                cookies(&fixture),
+                [7],
+                "regions with an event, after a change"
+            );
+            events += 1;
+            let reported = destroy_by_ioctl(&fixture, handle).expect("deregister");
+            assert_eq!(reported, events, "events reported");
+        });
+        assert!(failed > 3, "{failed}");
     }
-    assert!(failures > 3, "registrations that failed: {failures}");
+    drop(other_mr);
     let (begun, ended) = watches.seen();
     assert_eq!(begun, ended, "watches that began, and that ended");
     expect_no_regions();
+}
+
+/// G4: G5: G8: a deregistration that a fault makes fail has either done nothing, and
+/// succeeds then, or only failed to copy out the count.
+#[test]
+fn deregistration_with_faults() {
+    type Destroy = fn(&Fixture, u32) -> io::Result<u32>;
+    let fixture = Fixture::new();
+    let map = Map::new(2);
+    let forms: [(&str, Destroy); 2] = [
+        ("MR_DESTROY", destroy_by_ioctl),
+        ("DEREG_MR_NOTIFY", destroy_by_write),
+    ];
+    for (what, destroy) in forms {
+        let mut gone = 0;
+        let failed = each_fault(what, |fault| {
+            let args = fixture.args(map, 0..2, 7);
+            let handle = reg_by_ioctl(&fixture, &args).expect("register");
+            map.map_over(0..1);
+            assert_eq!(cookies(&fixture), [7], "the first event");
+            map.map_over(1..2);
+            let reported = fault.inject(|| destroy(&fixture, handle));
+            let pending = cookies(&fixture).len();
+            match reported {
+                Ok(reported) => assert_eq!((reported, pending), (1, 0), "events"),
+                Err(_) if pending == 1 => {
+                    let reported = destroy(&fixture, handle).expect("deregister then");
+                    assert_eq!(reported, 2, "events reported");
+                }
+                reported => {
+                    expect_errno(reported, Errno::FAULT, "a deregistration that has begun");
+                    expect_errno(destroy(&fixture, handle), Errno::NOENT, "another one");
+                    gone += 1;
+                }
+            }
+        });
+        assert!(failed > gone && gone == 1, "{failed}, {gone}");
+    }
+    expect_no_regions();
+}
+
+/// G4: G5: whatever fails while events are pending, each is read and counted once.
+#[test]
+fn reading_with_faults() {
+    const REGIONS: usize = 3;
+    let fixture = Fixture::new();
+    let queue = &fixture.queue;
+    let map = Map::new(REGIONS);
+    let mrs = fixture.watch_each(map, 0..REGIONS);
+    let rounds = Cell::new(0);
+    let pending = |what, run: &dyn Fn() -> io::Result<Vec<Record>>| {
+        each_fault(what, |fault| {
+            map.map_over(0..REGIONS);
+            let read = fault.inject(run).or_else(|_| run()).expect("what failed");
+            let events = read.into_iter().chain(read_all(queue));
+            let cookies = events.map(|event| event.cookie as usize);
+            assert!(cookies.eq(0..REGIONS), "{what}: not each event once");
+            rounds.set(rounds.get() + 1);
+        })
+    };
+    let read = || {
+        let mut events = [Event::default(); REGIONS];
+        let count = queue.read(&mut events)?;
+        Ok(events[..count].iter().map(|&event| event.into()).collect())
+    };
+    // A copy is repeated.
+    assert_eq!(pending("read()", &read), 0, "calls of read() that failed");
+    // More pieces than fit on the kernel's stack.
+    let pieces = [size_of::<Event>() / 2; 2 * REGIONS + 4];
+    let readv = || {
+        let bytes = read_pieces(queue, &pieces, 0)?;
+        Ok(bytes.chunks(size_of::<Event>()).map(event).collect())
+    };
+    assert!(
+        pending("readv()", &readv) > 0,
+        "calls of readv() that failed"
+    );
+    let poll = || {
+        assert_eq!(queue.poll(Some(NOW))?, PollFlags::IN, "poll()");
+        Ok(Vec::new())
+    };
+    assert!(pending("poll()", &poll) > 0, "calls of poll() that failed");
+    let epoll = || {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, queue, EventData::new_u64(0), EventFlags::IN)?;
+        let mut events = [MaybeUninit::<epoll::Event>::uninit(); 2];
+        let (events, _) = epoll::wait(&epoll, &mut events, Some(&NOW))?;
+        assert_eq!(events.len(), 1, "files that are ready");
+        Ok(Vec::new())
+    };
+    assert!(pending("epoll", &epoll) > 0, "calls of epoll that failed");
+    for mut mr in mrs {
+        let reported = mr.destroy().expect("deregister");
+        assert_eq!(reported, rounds.get(), "events reported");
+    }
+}
+
+/// Interface: G8: whatever fails while the page is mapped and loaded, the generation is
+/// right.
+#[test]
+fn mapping_with_faults() {
+    let fixture = Fixture::new();
+    let map = Map::new(1);
+    let _mr = fixture.watch(map, 0..1, 7);
     map.unmap(0..1);
-    fixture.expect_quiet(0, "what has failed, and what has ended");
+    let queue = &fixture.queue;
+    let queues = counter_pages();
+    let failed = each_fault("mmap()", |fault| {
+        let page = fault.inject(|| queue.generation_page());
+        let page = page
+            .or_else(|_| queue.generation_page())
+            .expect("mmap() then");
+        assert_eq!(page.load(), 1, "generation");
+    });
+    assert!(failed > 0, "calls of mmap() that failed");
+    each_fault("the first load", |fault| {
+        let page = queue.generation_page().expect("mmap()");
+        let generation = fault.inject(|| Ok(page.load()));
+        assert_eq!(generation.expect("no call"), 1, "generation");
+    });
+    assert_eq!(counter_pages(), queues, "queues");
+}
+
+/// G5: G8: whatever fails while a file or its context is closed, nothing is left.
+#[test]
+fn closing_with_faults() {
+    let fixture = Fixture::new();
+    let map = Map::new(1);
+    let queues = counter_pages();
+    each_fault("close()", |fault| {
+        let queue = NotifyQueue::alloc(&fixture.context).expect("make a queue");
+        let args = MrArgs::new(map.at(0), PAGE).watched(&queue, 7);
+        let mut mr = reg(&fixture.pd, &args);
+        map.map_over(0..1);
+        let closed = fault.inject(|| {
+            drop(queue);
+            Ok(())
+        });
+        closed.expect("it cannot fail");
+        assert_eq!(counter_pages(), queues, "queues");
+        assert_eq!(mr.destroy().expect("deregister"), 0, "events reported");
+    });
+    let watches = Watches::new();
+    let mut contexts = 0;
+    each_fault("close() of a context", |fault| {
+        let fixture = Fixture::new();
+        mem::forget(fixture.watch(map, 0..1, 7));
+        map.map_over(0..1);
+        let close = || fixture.context.disconnect();
+        fault
+            .inject(close)
+            .or_else(|_| close())
+            .expect("close it then");
+        contexts += 1;
+        watches.expect_stopped(contexts);
+        assert_closed(&fixture, 1);
+    });
+    expect_no_regions();
+}
+
+/// Interface: the support bit is right, whatever fails.
+#[test]
+fn query_with_faults() {
+    let pd = open();
+    let context = pd.context();
+    let (device, driver) = (context.as_fd().as_raw_fd(), context.driver_id());
+    let expected = context.core_support().expect("GET_CONTEXT");
+    assert!(context.mmu_notify_supported().unwrap(), "{expected:#b}");
+    let get = |file: &fs::File| {
+        let (mut vectors, mut bits) = (0_u32, 0_u64);
+        Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_GET_CONTEXT)
+            .output(UVERBS_ATTR_GET_CONTEXT_NUM_COMP_VECTORS, &mut vectors)
+            .output(UVERBS_ATTR_GET_CONTEXT_CORE_SUPPORT, &mut bits)
+            .call(file, driver)?;
+        Ok(bits)
+    };
+    let failed = each_fault("GET_CONTEXT", |fault| {
+        let mut options = fs::File::options();
+        let file = options
+            .read(true)
+            .write(true)
+            .open(format!("/proc/self/fd/{device}"));
+        let file = file.expect("open the device");
+        let bits = fault.inject(|| get(&file)).or_else(|_| get(&file));
+        assert_eq!(bits.expect("GET_CONTEXT then"), expected, "bits");
+    });
+    assert!(failed > 0, "calls of GET_CONTEXT that failed");
+    let _methods = Methods::new(&uverbs_mmu_notify_tests::device());
+    let query = || {
+        let mut bits = 0_u64;
+        Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_QUERY_CONTEXT)
+            .output(UVERBS_ATTR_QUERY_CONTEXT_CORE_SUPPORT, &mut bits)
+            .call(context, driver)?;
+        Ok(bits)
+    };
+    let failed = each_fault("QUERY_CONTEXT", |fault| {
+        let bits = fault.inject(query).or_else(|_| query());
+        assert_eq!(bits.expect("QUERY_CONTEXT then"), expected, "bits");
+    });
+    assert!(failed > 0, "calls of QUERY_CONTEXT that failed");
+}
+
+/// G1: whatever fails while a page is unmapped, the change is reported.
+#[test]
+fn change_with_faults() {
+    let fixture = Fixture::new();
+    let map = Map::new(3);
+    let _mr = fixture.watch(map, 0..3, 7);
+    // The middle, so that the kernel has to split what is mapped.
+    // SAFETY: No reference points into a map.
+    let unmap = || Ok(unsafe { rustix::mm::munmap(map.void(1), PAGE) }?);
+    let mut generation = 0;
+    let failed = each_fault("munmap()", |fault| {
+        fault
+            .inject(unmap)
+            .or_else(|_: io::Error| unmap())
+            .expect("munmap() then");
+        generation += 1;
+        fixture.expect(&[Record::new(map, 1..2, 7, generation, UNMAPPED)]);
+        map.map_over(1..2);
+        map.store(1, 0x11);
+    });
+    assert!(failed > 0, "calls of munmap() that failed");
 }
 
 /// G4: an invalidation allocates nothing.

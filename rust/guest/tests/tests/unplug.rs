@@ -9,6 +9,7 @@ use rustix::{
 use std::{
     fs,
     os::fd::{AsFd, AsRawFd},
+    path::Path,
     process, thread,
 };
 use uverbs_mmu_notify::{Event, Request, sys::uapi::*};
@@ -100,6 +101,49 @@ fn waits_for_the_last_file_and_mapping() {
     expect_held(&mut removal, "the mapping");
     assert_eq!(page.load(), 3, "generation of a mapping alone");
     drop(page);
+    let status = within("the removal", || removal.wait()).expect("wait for rdma");
+    assert!(status.success(), "rdma link delete: {status}");
+}
+
+/// G5: G6: G8: the device is removed while threads register, change the mapping, read and
+/// poll. Each gets EIO.
+#[test]
+fn removed_under_load() {
+    let device = Device::new("gone2", "rxe");
+    let load = Load::new(device.name(), Errno::IO);
+    within("the removal", || device.remove());
+    load.join();
+}
+
+/// G5: G6: G8: the same for the network device, which takes the RDMA device with it. Both
+/// can be made again.
+#[test]
+fn network_removed_under_load() {
+    for _ in 0..2 {
+        run("ip link add gone3 type veth peer name gone4");
+        run("ip link set gone3 up");
+        run("rdma link add gone3 type rxe netdev gone3");
+        let load = Load::new("gone3", Errno::IO);
+        within("the removal", || run("ip link delete gone3"));
+        load.join();
+        within("the end of the RDMA device", || {
+            while Path::new("/sys/class/infiniband/gone3").exists() {
+                thread::yield_now();
+            }
+        });
+    }
+}
+
+/// G6: G8: a device that waits for its users is removed while they are at work, and their
+/// context is closed.
+#[test]
+fn closed_under_load() {
+    let device = Device::new("held1", "siw");
+    let load = Load::new(device.name(), Errno::NOTTY);
+    let mut removal = device.begin_removal();
+    expect_held(&mut removal, "the load");
+    load.disconnect();
+    load.join();
     let status = within("the removal", || removal.wait()).expect("wait for rdma");
     assert!(status.success(), "rdma link delete: {status}");
 }
