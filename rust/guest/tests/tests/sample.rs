@@ -1,7 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The C program of Documentation/uapi.md, which build.rs compiles.
+//! The C program of Documentation/uapi.md, which build.rs compiles, and what the manual tells
+//! 32-bit processes.
 
-use std::process::Command;
+use rustix::{
+    mm::{MapFlags, ProtFlags, mmap},
+    param::page_size,
+};
+use std::{
+    process::Command,
+    ptr,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+};
 use uverbs_mmu_notify_tests::*;
 
 /// Interface: it sees a change, and the count is that of the events it has read.
@@ -23,4 +33,42 @@ fn program_of_uapi_md() {
         "{event}"
     );
     assert_eq!(count, "events reported: 1, seen: 1");
+}
+
+/// G2: the generation can be read in halves while it advances.
+#[test]
+fn generation_in_halves() {
+    const EVENTS: u64 = 200;
+    let fixture = Fixture::new();
+    let len = page_size();
+    let flags = (ProtFlags::READ, MapFlags::SHARED);
+    // SAFETY: A new mapping, at an address of the kernel's choice.
+    let page = unsafe { mmap(ptr::null_mut(), len, flags.0, flags.1, &fixture.queue, 0) };
+    let page = page.expect("map the page").cast::<AtomicU32>();
+    // SAFETY: The generation is at the begin of the page, which stays mapped.
+    let [low, high] = [0, 1].map(|half| unsafe { &*page.add(half) });
+    let halves = || loop {
+        let before = high.load(Ordering::Acquire);
+        let low = low.load(Ordering::Acquire);
+        if before == high.load(Ordering::Acquire) {
+            return u64::from(before) << 32 | u64::from(low);
+        }
+    };
+
+    thread::scope(|scope| {
+        let events = scope.spawn(|| {
+            let map = Map::new(1);
+            let _mr = fixture.watch(map, 0..1, 0);
+            for generation in 1..=EVENTS {
+                map.dont_need(0..1);
+                assert_eq!(read_all(&fixture.queue).len(), 1, "event {generation}");
+            }
+        });
+        while !events.is_finished() {
+            let before = fixture.page.load();
+            let generation = halves();
+            assert!((before..=fixture.page.load()).contains(&generation));
+        }
+    });
+    assert_eq!(halves(), EVENTS);
 }
