@@ -45,6 +45,7 @@ mod single;
 use core::ptr::NonNull;
 use kernel::{
     check,
+    page::PAGE_SIZE,
     sync::{
         Arc,
         atomic::{Acquire, Atomic},
@@ -87,6 +88,10 @@ fn report_histories(config: &Config) {
         config.cases, config.rng_seed
     ));
 }
+
+// One page, with the atomic of the kernel.
+const _: () =
+    assert!(size_of::<CounterPage>() == PAGE_SIZE - size_of::<u64>() + size_of::<Atomic<u64>>());
 
 /// The generation as userspace loads it: from the page, without a lock.
 struct Generation {
