@@ -170,6 +170,7 @@ unsafe impl Sync for GenerationPage {}
 impl GenerationPage {
     /// Loads the generation with acquire order: what was changed before the
     /// generation that is returned is seen by the loads and reads that follow.
+    #[inline]
     pub fn load(&self) -> u64 {
         // SAFETY: The page is mapped until `self` is dropped, and aligned.
         let generation = unsafe { AtomicU64::from_ptr(&raw mut (*self.page.as_ptr()).generation) };

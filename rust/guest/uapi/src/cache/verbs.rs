@@ -39,6 +39,7 @@ impl Verbs {
 impl Backend for Verbs {
     type Mr = Mr;
 
+    #[inline]
     fn generation(&self) -> u64 {
         self.page.load()
     }
