@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * A library to preload: its ioctl() answers requests of libibverbs as other kernels do.
- * test_traps.py chooses what the next requests get.
+ * test_traps.py chooses what the next requests get. With KERNEL_IS_OLD in the environment
+ * the kernel is old from the beginning.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -9,9 +10,12 @@
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <rdma/ib_user_ioctl_cmds.h>
+#include <rdma/ib_user_ioctl_verbs.h>
 #include <rdma/rdma_user_ioctl.h>
 #include <rdma/rdma_user_ioctl_cmds.h>
 
@@ -19,6 +23,11 @@ int kernel_reg_error;	/* watched registrations get this errno */
 int kernel_destroy_error; /* so do deregistrations */
 bool kernel_is_old;	/* knows neither the attributes nor the commands of the series */
 size_t kernel_dirty;	/* the next object of this size is not cleared */
+
+__attribute__((constructor)) static void from_environment(void)
+{
+	kernel_is_old = getenv("KERNEL_IS_OLD");
+}
 
 /* Removes an attribute as a kernel does that does not know it. */
 static int forget(struct ib_uverbs_ioctl_hdr *hdr, int id)
@@ -48,6 +57,8 @@ static int answer(struct ib_uverbs_ioctl_hdr *hdr)
 {
 	int error = 0;
 
+	if (hdr->object_id == UVERBS_OBJECT_MMU_NOTIFY && kernel_is_old)
+		return EPROTONOSUPPORT;
 	if (hdr->object_id != UVERBS_OBJECT_MR)
 		return 0;
 	if (hdr->method_id == UVERBS_METHOD_REG_MR) {
@@ -64,13 +75,30 @@ static int answer(struct ib_uverbs_ioctl_hdr *hdr)
 	return error;
 }
 
+/* An old kernel does not announce the feature to a new context. */
+static void hide_support(const struct ib_uverbs_ioctl_hdr *hdr)
+{
+	int id = hdr->method_id == UVERBS_METHOD_GET_CONTEXT ?
+			 UVERBS_ATTR_GET_CONTEXT_CORE_SUPPORT :
+			 UVERBS_ATTR_QUERY_CONTEXT_CORE_SUPPORT;
+
+	if (hdr->object_id != UVERBS_OBJECT_DEVICE ||
+	    (hdr->method_id != UVERBS_METHOD_GET_CONTEXT &&
+	     hdr->method_id != UVERBS_METHOD_QUERY_CONTEXT))
+		return;
+	for (int i = 0; i < hdr->num_attrs; i++)
+		if (hdr->attrs[i].attr_id == id)
+			*(uint64_t *)(uintptr_t)hdr->attrs[i].data &=
+				~(uint64_t)IB_UVERBS_CORE_SUPPORT_MMU_NOTIFY;
+}
+
 int ioctl(int fd, unsigned long request, ...)
 {
 	static int (*real)(int, unsigned long, ...);
 	long copy[512];
 	void *argument;
 	va_list list;
-	int error;
+	int error, result;
 
 	va_start(list, request);
 	argument = va_arg(list, void *);
@@ -83,7 +111,12 @@ int ioctl(int fd, unsigned long request, ...)
 		real(fd, request, copy);
 	}
 	errno = error;
-	return error ? -1 : real(fd, request, argument);
+	if (error)
+		return -1;
+	result = real(fd, request, argument);
+	if (!result && kernel_is_old && request == RDMA_VERBS_IOCTL)
+		hide_support(argument);
+	return result;
 }
 
 extern void *__libc_calloc(size_t count, size_t size);

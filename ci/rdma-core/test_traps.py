@@ -92,6 +92,13 @@ class Traps(unittest.TestCase):
         setting("is_old", ctypes.c_bool).value = False
         self.works()
 
+    def test_old_kernel_announces_nothing(self):
+        setting("is_old", ctypes.c_bool).value = True
+        with Context(name=DEVICE) as context:
+            with self.assertRaises(PyverbsRDMAError) as failed:
+                MMUNotifyChannel(context)
+        self.assertEqual(failed.exception.error_code, errno.EOPNOTSUPP)
+
     def test_no_count_without_answer(self):
         """With EIO, as of a device that is gone, there is none, even if it is success."""
         mr = self.watched()
