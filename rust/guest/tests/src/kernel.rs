@@ -360,11 +360,9 @@ impl Reports {
         Self { log, what }
     }
 
-    /// Shows all on the console again. There must have been no other report. Returns how
-    /// many there were.
+    /// There must have been no other report. Returns how many there were.
     #[track_caller]
     pub fn end(mut self) -> usize {
-        fs::write(Self::SHOW_ALL, "Y").expect("show all");
         let (mut record, mut text) = ([0; 2 * PAGE], String::new());
         loop {
             match self.log.read(&mut record) {
@@ -377,6 +375,12 @@ impl Reports {
         let stacks = text.matches("Call Trace:").count();
         assert_eq!(stacks, count, "reports, and expected ones: {text}");
         count
+    }
+}
+
+impl Drop for Reports {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::SHOW_ALL, "Y");
     }
 }
 

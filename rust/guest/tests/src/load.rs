@@ -100,9 +100,10 @@ impl Load {
     /// deregistered, and the counts are those of all events.
     #[track_caller]
     pub fn join(mut self) {
-        let join = |thread: JoinHandle<usize>| within("a thread of the load", || thread.join());
         let threads = mem::take(&mut self.threads).into_iter();
-        let counted: usize = threads.map(|thread| join(thread).expect("a thread")).sum();
+        let counted: usize = within("a thread of the load", || {
+            threads.map(|thread| thread.join().expect("a thread")).sum()
+        });
         let kept: usize = mem::take(&mut self.mrs)
             .into_iter()
             .map(|mr| self.shared.deregister(mr))
@@ -141,10 +142,7 @@ impl Shared {
     fn deregister(&self, mut mr: Mr) -> usize {
         match mr.destroy() {
             // The context has taken the region with it.
-            Err(e) if self.end != Errno::IO && Errno::from_io_error(&e) == Some(self.end) => {
-                mem::forget(mr);
-                0
-            }
+            Err(e) if self.end != Errno::IO && Errno::from_io_error(&e) == Some(self.end) => 0,
             reported => reported.expect("deregister") as usize,
         }
     }

@@ -119,19 +119,26 @@ fn removed_under_load() {
 /// can be made again.
 #[test]
 fn network_removed_under_load() {
-    for _ in 0..2 {
+    let make = || {
         run("ip link add gone3 type veth peer name gone4");
         run("ip link set gone3 up");
         run("rdma link add gone3 type rxe netdev gone3");
-        let load = Load::new("gone3", Errno::IO);
+    };
+    let remove = || {
         within("the removal", || run("ip link delete gone3"));
-        load.join();
         within("the end of the RDMA device", || {
             while Path::new("/sys/class/infiniband/gone3").exists() {
                 thread::yield_now();
             }
         });
-    }
+    };
+    make();
+    let load = Load::new("gone3", Errno::IO);
+    remove();
+    load.join();
+    make();
+    drop(Fixture::on("gone3"));
+    remove();
 }
 
 /// G6: G8: a device that waits for its users is removed while they are at work, and their
