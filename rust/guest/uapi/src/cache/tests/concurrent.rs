@@ -115,7 +115,10 @@ impl Backend for Kernel {
     }
 
     fn deregister(&self, mr: &mut TestMr) -> io::Result<u32> {
-        lock(&self.notifiers).retain(|(_, cookie)| *cookie != mr.cookie);
+        let mut notifiers = lock(&self.notifiers);
+        let watched = notifiers.iter().position(|(_, c)| *c == mr.cookie);
+        notifiers.remove(watched.expect("deregistered twice"));
+        drop(notifiers);
         let mut queue = lock(&self.queue);
         queue.events.retain(|event| event.cookie != mr.cookie);
         Ok(queue.delivered[mr.cookie as usize])
@@ -507,4 +510,44 @@ fn registrations() {
     });
     assert!(results.keys().all(|(good, _)| *good));
     assert!(results.contains_key(&(true, 1)) && results.contains_key(&(true, 3)));
+}
+
+/// Two threads reap, while a third one uses what it finds. A region is
+/// deregistered once, and never while it is in use.
+#[test]
+fn reaping() {
+    let results = explore("reaping", Some(2), || {
+        let mut shared = Shared::new();
+        StdArc::get_mut(&mut shared).unwrap().entries.clear();
+        let user = spawn(&shared, |shared| {
+            let found = shared.cache.try_lookup(&range(0));
+            found.is_some_and(|entry| {
+                let notifiers = lock(&shared.cache.backend.notifiers);
+                let mut registered = notifiers.iter().map(|(_, cookie)| *cookie);
+                assert!(registered.any(|cookie| cookie == entry.cookie));
+                true
+            })
+        });
+        let reapers = [1, 0].map(|changes| {
+            spawn(&shared, move |shared| {
+                (0..changes).for_each(|_| shared.cache.backend.remap(0));
+                drain(&shared.cache);
+                shared.cache.reap().unwrap().regions
+            })
+        });
+        let reaped = reapers.map(|reaper| reaper.join().unwrap());
+        let found = user.join().unwrap();
+        let rest = shared.cache.reap().unwrap().regions;
+        assert_eq!(reaped.iter().sum::<u64>() + rest, 1);
+        assert_eq!(shared.cache.lock().objects.len(), 1, "of the other page");
+        (found, reaped)
+    });
+    let expected = [
+        (false, [0, 1]),
+        (false, [1, 0]),
+        (true, [0, 0]),
+        (true, [0, 1]),
+        (true, [1, 0]),
+    ];
+    assert_eq!(results.into_keys().collect::<Vec<_>>(), expected);
 }
