@@ -38,8 +38,8 @@ profile: build ## where those instructions go, by symbol; O=release|inline
 	@scripts/profile
 coverage: linux ## which lines of the series the tests execute; lists those that need a test
 	@scripts/coverage
-stress: debug release libraries ## the random tests on the debug kernel, again and again, then with MPI
-	@scripts/stress
+stress: debug release libraries ## random operations: MINUTES=10 on each kernel, then with MPI
+	@scripts/stress $(MINUTES)
 host-test: linux ## the tests that need no kernel
 	@scripts/with-headers $(CURDIR)/scripts/host-test
 boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|inline|debug

@@ -14,6 +14,7 @@ mod kernel;
 mod load;
 mod map;
 mod process;
+mod scm_rights;
 mod userfault;
 
 pub use cgroup::{Group, in_group};
@@ -26,6 +27,7 @@ pub use kernel::{
 pub use load::Load;
 pub use map::{Map, PAGE, memfd};
 pub use process::{Blocked, Child, Exit, in_child, sleeps, stop, stop_traced, within};
+pub use scm_rights::{receive, send, sockets};
 pub use userfault::Userfault;
 
 use libc::c_int;

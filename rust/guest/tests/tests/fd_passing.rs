@@ -4,16 +4,8 @@
 use rustix::{
     event::{PollFlags, Timespec},
     io::Errno,
-    net::{
-        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-        SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
-    },
 };
-use std::{
-    io::{IoSlice, IoSliceMut},
-    mem::{self, MaybeUninit},
-    os::fd::{AsFd, OwnedFd},
-};
+use std::mem;
 use uverbs_mmu_notify::{Event, NotifyQueue};
 use uverbs_mmu_notify_tests::*;
 
@@ -22,39 +14,6 @@ const NOW: Option<Timespec> = Some(Timespec {
     tv_sec: 0,
     tv_nsec: 0,
 });
-const SPACE: usize = rustix::cmsg_space!(ScmRights(1));
-
-fn sockets() -> (OwnedFd, OwnedFd) {
-    let flags = SocketFlags::CLOEXEC;
-    socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).expect("socketpair")
-}
-
-fn send(socket: &OwnedFd, fd: impl AsFd) {
-    let mut space = [MaybeUninit::uninit(); SPACE];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let fds = [fd.as_fd()];
-    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
-    let sent = sendmsg(
-        socket,
-        &[IoSlice::new(b"x")],
-        &mut control,
-        SendFlags::empty(),
-    );
-    assert_eq!(sent, Ok(1), "sendmsg");
-}
-
-fn receive(socket: &OwnedFd) -> NotifyQueue {
-    let mut space = [MaybeUninit::uninit(); SPACE];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    let data = &mut [IoSliceMut::new(&mut byte)];
-    recvmsg(socket, data, &mut control, RecvFlags::CMSG_CLOEXEC).expect("recvmsg");
-    let mut fds = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    });
-    fds.next().expect("an FD in the message").into()
-}
 
 #[track_caller]
 fn expect_refused(queue: &NotifyQueue) {

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Processes whose threads register, deregister, change mappings and a common file, fork,
+//! read and use RDMA at random. Each process knows what its events must say.
+//!
+//! `stress operations N` makes so many operations, `stress minutes N` goes on so long. The
+//! seed is printed, and UVERBS_STRESS_SEED sets it: each thread then makes the same
+//! operations, though those of different threads may come in another order.
+
+mod memory;
+mod model;
+mod process;
+mod thread;
+
+use memory::UNITS;
+use model::Versions;
+use rand::{
+    RngExt, SeedableRng,
+    rngs::{SmallRng, SysRng},
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::MemfdFlags,
+    io::Errno,
+    mm::MapFlags,
+};
+use std::{
+    env, fs,
+    os::fd::OwnedFd,
+    sync::atomic::{
+        AtomicU64,
+        Ordering::{Relaxed, SeqCst},
+    },
+    time::{Duration, Instant},
+};
+use uverbs_mmu_notify::{Event, GenerationPage, NotifyQueue};
+use uverbs_mmu_notify_tests::*;
+
+/// How many there are at once.
+const PROCESSES: usize = 2;
+
+const NOW: Option<Timespec> = Some(Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+});
+
+/// What the processes share.
+#[derive(Default)]
+#[repr(C)]
+struct Shared {
+    versions: Versions,
+    /// What the generation of the common queue must be after the end of its process.
+    ends: [AtomicU64; PROCESSES],
+    operations: AtomicU64,
+    registered: AtomicU64,
+    events: AtomicU64,
+    compared: AtomicU64,
+    stale: AtomicU64,
+}
+
+/// A process, seen from outside.
+struct Running {
+    seed: u64,
+    child: Child,
+    /// It hangs up when the process ends.
+    socket: OwnedFd,
+    /// The common queue, which the process has sent.
+    queue: NotifyQueue,
+    page: GenerationPage,
+    generation: u64,
+}
+
+impl Running {
+    fn start(place: usize, seed: u64, shared: &'static Shared, file: &OwnedFd, huge: bool) -> Self {
+        let (socket, theirs) = sockets();
+        shared.ends[place].store(0, SeqCst);
+        let child = Child::fork(|| {
+            let file = file.try_clone().expect("duplicate the file");
+            process::live(place, seed, shared, file, huge, &theirs)
+        });
+        drop(theirs);
+        let queue = receive(&socket);
+        let page = queue.generation_page().expect("map the counter page");
+        Self {
+            seed,
+            child,
+            socket,
+            queue,
+            page,
+            generation: 0,
+        }
+    }
+
+    /// Does what one can with the queue of another process.
+    fn observe(&mut self) {
+        let before = self.generation;
+        self.generation = self.page.load();
+        assert!(
+            before <= self.generation,
+            "the generation was {before}: {}",
+            self.generation
+        );
+        let ready = self.queue.poll(NOW).expect("poll");
+        assert!(
+            !ready.contains(PollFlags::IN | PollFlags::ERR),
+            "poll(): {ready:?}"
+        );
+        let read = self.queue.read(&mut [Event::default()]);
+        expect_errno(read, Errno::PERM, "read() by another process");
+    }
+
+    fn is_over(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::empty())];
+        poll(&mut fds, NOW.as_ref()).expect("poll") == 1
+    }
+
+    fn expect_end(self, end: &AtomicU64) {
+        // SIGALRM: it has not reached its next quiet point.
+        let (seed, exit) = (self.seed, self.child.wait());
+        let expected = [Exit::Code(0), Exit::Signal(libc::SIGKILL)];
+        assert!(
+            expected.contains(&exit),
+            "the process of seed {seed}: {exit:?}"
+        );
+        let end = end.load(SeqCst);
+        assert_eq!(
+            self.page.load(),
+            end,
+            "the generation after the end of process {seed}"
+        );
+        assert_eq!(
+            self.queue.poll(NOW).unwrap(),
+            PollFlags::ERR,
+            "poll() after the end"
+        );
+    }
+}
+
+/// Runs processes while `more` of the number of those before says so. Returns how many.
+fn run(seed: u64, shared: &'static Shared, huge: bool, more: impl Fn(u64) -> bool) -> u64 {
+    let file = memfd(UNITS, MemfdFlags::empty());
+    let mut places = [const { None::<Running> }; PROCESSES];
+    let mut count = 0;
+    loop {
+        for (place, process) in places.iter_mut().enumerate() {
+            match process {
+                Some(running) => {
+                    running.observe();
+                    if running.is_over() {
+                        process
+                            .take()
+                            .expect("it was there")
+                            .expect_end(&shared.ends[place]);
+                    }
+                }
+                None if more(count) => {
+                    let seed = seed.wrapping_add(count);
+                    *process = Some(Running::start(place, seed, shared, &file, huge));
+                    count += 1;
+                }
+                None => (),
+            }
+        }
+        if places.iter().all(Option::is_none) {
+            return count;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Sets the number of huge pages. Returns whether there are so many.
+fn reserve(pages: usize) -> bool {
+    const PATH: &str = "/proc/sys/vm/nr_hugepages";
+    let pages = format!("{pages}\n");
+    fs::write(PATH, &pages).is_ok() && fs::read_to_string(PATH).is_ok_and(|have| have == pages)
+}
+
+fn main() {
+    let arguments: Vec<_> = env::args().skip(1).collect();
+    let [what, number] = &arguments[..] else {
+        panic!("usage: stress operations|minutes NUMBER");
+    };
+    let number: u64 = number.parse().expect("a number");
+    let start = Instant::now();
+    let more = |count| match what.as_str() {
+        "operations" => count * process::OPERATIONS < number,
+        "minutes" => start.elapsed().as_secs() < 60 * number,
+        _ => panic!("operations or minutes, not {what}"),
+    };
+    let seed = match env::var("UVERBS_STRESS_SEED") {
+        Ok(seed) => seed.parse().expect("UVERBS_STRESS_SEED is a number"),
+        Err(_) => SmallRng::try_from_rng(&mut SysRng)
+            .unwrap()
+            .random::<u32>()
+            .into(),
+    };
+    println!("UVERBS_STRESS_SEED={seed}");
+    let huge = reserve(PROCESSES * process::HUGE_PAGES);
+    // SAFETY: The page is never unmapped, and all members are atomics.
+    let shared: &'static Shared = unsafe { &*Map::anonymous(1, MapFlags::SHARED).at(0).cast() };
+    let processes = run(seed, shared, huge, more);
+    reserve(0);
+
+    let seconds = start.elapsed().as_secs_f64();
+    let [operations, registered, events, compared, stale] = [
+        &shared.operations,
+        &shared.registered,
+        &shared.events,
+        &shared.compared,
+        &shared.stale,
+    ]
+    .map(|count| count.load(Relaxed));
+    let rate = operations as f64 / seconds;
+    println!("{operations} operations of {processes} processes, {rate:.0} per second");
+    println!("{registered} regions, {events} events; with huge pages: {huge}");
+    println!("{compared} regions looked at by RDMA, {stale} of them stale");
+    assert_eq!(operations, processes * process::OPERATIONS, "operations");
+    assert!(events > 0, "no events");
+    assert!(
+        compared == 0 || (1..compared).contains(&stale),
+        "RDMA shows nothing"
+    );
+}

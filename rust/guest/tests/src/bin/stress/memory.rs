@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Memory of several kinds.
+
+use self::Kind::*;
+use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mremap_fixed};
+use std::{ops::Range, os::fd::OwnedFd, sync::RwLock};
+use uverbs_mmu_notify_tests::*;
+
+/// The most units of an arena.
+pub const UNITS: usize = 16;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    Private,
+    Shared,
+    /// A shared mapping of the file that all processes share.
+    File,
+    /// A private one.
+    Copied,
+    /// Transparent huge pages.
+    Thp,
+    /// Huge pages of hugetlb.
+    Huge,
+}
+
+impl Kind {
+    /// Pages in a unit, which is mapped as a whole.
+    fn unit(self) -> usize {
+        match self {
+            Thp => 32,
+            Huge => 512,
+            _ => 1,
+        }
+    }
+
+    pub fn units(self) -> usize {
+        if self == Huge { 2 } else { UNITS }
+    }
+
+    pub fn is_file(self) -> bool {
+        matches!(self, File | Copied)
+    }
+}
+
+pub struct Arena {
+    pub index: usize,
+    pub kind: Kind,
+    pub map: Map,
+    /// Where units are moved to.
+    scratch: Map,
+    /// Held exclusively while the memory is not mapped, or not writable.
+    pub lock: RwLock<()>,
+}
+
+impl Arena {
+    pub fn new(index: usize, kind: Kind, file: &OwnedFd) -> Self {
+        let pages = kind.units() * kind.unit();
+        let arena = Self {
+            index,
+            kind,
+            map: Map::untouched(pages),
+            scratch: Map::untouched(pages),
+            lock: RwLock::new(()),
+        };
+        arena.map_over(0..kind.units(), file);
+        arena
+    }
+
+    /// The bytes of a unit.
+    pub fn unit(&self) -> usize {
+        self.kind.unit() * PAGE
+    }
+
+    pub fn at(&self, unit: usize) -> *mut u8 {
+        self.map.at(unit * self.kind.unit())
+    }
+
+    pub fn pages(&self, units: &Range<usize>) -> Range<usize> {
+        units.start * self.kind.unit()..units.end * self.kind.unit()
+    }
+
+    /// Maps new memory of the kind.
+    pub fn map_over(&self, units: Range<usize>, file: &OwnedFd) {
+        self.map_at(self.map, units, file);
+    }
+
+    fn map_at(&self, map: Map, units: Range<usize>, file: &OwnedFd) {
+        let pages = self.pages(&units);
+        let (at, len) = (map.void(pages.start), pages.len() * PAGE);
+        let flags = MapFlags::FIXED
+            | match self.kind {
+                Private | Copied | Thp => MapFlags::PRIVATE,
+                Shared | File => MapFlags::SHARED,
+                Huge => MapFlags::PRIVATE | MapFlags::HUGETLB,
+            };
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: No reference points into a map.
+        let mapped = unsafe {
+            match self.kind.is_file() {
+                true => mmap(at, len, access, flags, file, (units.start * PAGE) as u64),
+                false => mmap_anonymous(at, len, access, flags),
+            }
+        };
+        assert_eq!(mapped, Ok(at), "mmap, {:?}", self.kind);
+        if self.kind == Thp {
+            map.advise(pages, libc::MADV_HUGEPAGE).expect("madvise");
+        }
+    }
+
+    /// Moves a unit away. With `keep` its mapping stays.
+    pub fn move_away(&self, unit: usize, keep: bool, file: &OwnedFd) {
+        let keep = keep && self.kind != Huge;
+        let flags = if keep {
+            MremapFlags::DONTUNMAP
+        } else {
+            MremapFlags::empty()
+        };
+        self.move_unit(self.map, self.scratch, unit, flags);
+        if !keep {
+            self.map_over(unit..unit + 1, file);
+        }
+        self.scratch.unmap(self.pages(&(unit..unit + 1)));
+    }
+
+    /// Moves other memory of the kind over a unit.
+    pub fn move_over(&self, unit: usize, file: &OwnedFd) {
+        self.map_at(self.scratch, unit..unit + 1, file);
+        self.move_unit(self.scratch, self.map, unit, MremapFlags::empty());
+    }
+
+    fn move_unit(&self, from: Map, to: Map, unit: usize, flags: MremapFlags) {
+        let page = unit * self.kind.unit();
+        let (from, to, len) = (from.void(page), to.void(page), self.unit());
+        // SAFETY: As in `map_at`.
+        let moved = unsafe { mremap_fixed(from, len, len, MremapFlags::MAYMOVE | flags, to) };
+        assert_eq!(moved, Ok(to), "mremap, {:?}", self.kind);
+    }
+}
