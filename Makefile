@@ -30,9 +30,9 @@ check-full: tree ## slow checks: every patch and every configuration
 	@scripts/check ci/slow
 mutants: debug ## mutation tests: every patch in ci/mutations must make a test fail
 	@scripts/mutation-test
-bench: release ## what watching costs, in instructions, beside its peers; fails over a budget
+bench: release libraries ## what watching costs, in instructions, beside its peers; fails over a budget
 	@scripts/bench
-bench-compare: release ## what a change did to that: BASE=REVISION, or BASE='BEFORE.json AFTER.json'
+bench-compare: release libraries ## what a change did to that: BASE=REVISION, or BASE='BEFORE.json AFTER.json'
 	@scripts/bench-compare $(BASE)
 profile: build ## where those instructions go, by symbol; O=release|inline
 	@scripts/profile

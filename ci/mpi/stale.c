@@ -11,6 +11,8 @@
  * stale threads ROUNDS SEED		threads that change and transfer buffers of their own
  * stale soak SECONDS SEED [STEPS]	random changes and transfers of parts of buffers; the
  *					same seed gives the same steps
+ * stale cost				what a transfer costs, on one CPU whose time-stamp counter
+ *					counts instructions
  *
  * Exit code: 0 if the program ran to its end, whatever it saw. The lines tell.
  */
@@ -19,6 +21,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <liburing.h>
+#include <linux/perf_event.h>
 #include <link.h>
 #include <mpi.h>
 #include <pthread.h>
@@ -28,12 +31,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#include <x86intrin.h>
 
 #include "plugin.h"
 
@@ -598,6 +603,141 @@ static void threads(int rank, unsigned long rounds, uint64_t seed)
 		       wrong ? "wrong" : "right", wrong, bytes, THREADS, rounds, seed);
 }
 
+/*
+ * What a transfer costs. Rank 0 sends from a few buffers in turn, and changes the mapping
+ * of one before some of the transfers. No message besides, so that little is counted that
+ * has nothing to do with it.
+ */
+
+#define COST_SIZE 20480 /* the least that neither library has to copy */
+#define COST_WORDS (COST_SIZE / sizeof(uint64_t))
+#define COST_BUFFERS 7 /* odd, so that each is changed in its turn */
+#define COST_TRANSFERS (COST_BUFFERS * 64)
+#define COST_SAMPLES 3
+
+static const struct trace {
+	const char *name;
+	int uses; /* transfers for each change */
+	int (*change)(struct buffer *b, size_t offset, size_t size);
+} traces[] = {
+	{ "reuse-heavy", 64, libc_munmap_mmap },
+	{ "churn-heavy", 8, libc_munmap_mmap },
+	{ "raw", 8, raw_munmap_mmap }, /* which no hook in libc sees */
+};
+#define TRACES (sizeof(traces) / sizeof(traces[0]))
+
+/* Returns how many transfers were wrong. Each has a number, which all of its data is. */
+static uint64_t cost_send(const struct trace *trace, uint64_t *number)
+{
+	static struct buffer buffers[COST_BUFFERS];
+	uint64_t wrong;
+
+	for (int i = 0; i < COST_TRANSFERS; i++) {
+		struct buffer *b = &buffers[i % COST_BUFFERS];
+
+		if (!b->addr)
+			create(b, ANON, COST_SIZE);
+		else if (i % trace->uses == 0)
+			CHECK(trace->change(b, 0, b->size));
+		++*number;
+		for (size_t word = 0; word < COST_WORDS; word++)
+			((uint64_t *)b->addr)[word] = *number;
+		MPI_Send(b->addr, b->size, MPI_BYTE, 1, DATA, MPI_COMM_WORLD);
+	}
+	MPI_Recv(&wrong, 1, MPI_UINT64_T, 1, ANSWER, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+	return wrong;
+}
+
+static void cost_receive(uint64_t *number)
+{
+	static struct buffer buffer;
+	uint64_t wrong = 0;
+
+	if (!buffer.addr)
+		create(&buffer, ANON, COST_SIZE);
+	for (int i = 0; i < COST_TRANSFERS; i++) {
+		uint64_t different = 0;
+
+		MPI_Recv(buffer.addr, buffer.size, MPI_BYTE, 0, DATA, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+		++*number;
+		for (size_t word = 0; word < COST_WORDS; word++)
+			different |= ((uint64_t *)buffer.addr)[word] ^ *number;
+		wrong += !!different;
+	}
+	MPI_Send(&wrong, 1, MPI_UINT64_T, 0, ANSWER, MPI_COMM_WORLD);
+}
+
+/*
+ * Counts the system calls of all processes, but for sched_yield(), which a rank that waits
+ * calls again and again.
+ */
+static int open_calls(void)
+{
+	struct perf_event_attr attr = { .type = PERF_TYPE_TRACEPOINT, .size = sizeof(attr) };
+	FILE *id = fopen("/sys/kernel/tracing/events/raw_syscalls/sys_enter/id", "r");
+	char filter[32];
+	int fd;
+
+	if (!id || fscanf(id, "%llu", &attr.config) != 1)
+		die("the tracepoint of system calls");
+	fclose(id);
+	fd = CHECK((int)syscall(SYS_perf_event_open, &attr, -1, 0, -1, PERF_FLAG_FD_CLOEXEC));
+	snprintf(filter, sizeof(filter), "id != %d", SYS_sched_yield);
+	CHECK(ioctl(fd, PERF_EVENT_IOC_SET_FILTER, filter));
+	return fd;
+}
+
+static uint64_t read_calls(int fd)
+{
+	uint64_t calls = 0;
+
+	CHECK(read(fd, &calls, sizeof(calls)));
+	return calls;
+}
+
+static int by_value(const void *a, const void *b)
+{
+	double x = *(const double *)a, y = *(const double *)b;
+
+	return (x > y) - (x < y);
+}
+
+/*
+ * A line for each trace: the instructions of a transfer, by whatever ran on the CPU; its
+ * system calls; the wrong transfers, of how many. To count system calls takes instructions,
+ * so they have a sample of their own.
+ */
+static void cost(int rank)
+{
+	uint64_t number = 0;
+
+	for (size_t t = 0; t < TRACES; t++) {
+		double samples[COST_SAMPLES];
+		uint64_t start, wrong;
+		int fd;
+
+		if (rank) {
+			for (int i = 0; i < 1 + COST_SAMPLES + 1; i++)
+				cost_receive(&number);
+			continue;
+		}
+		wrong = cost_send(&traces[t], &number); /* the warm-up */
+		for (int i = 0; i < COST_SAMPLES; i++) {
+			start = __rdtsc();
+			wrong += cost_send(&traces[t], &number);
+			samples[i] = (double)(__rdtsc() - start) / COST_TRANSFERS;
+		}
+		qsort(samples, COST_SAMPLES, sizeof(samples[0]), by_value);
+		fd = open_calls();
+		start = read_calls(fd);
+		wrong += cost_send(&traces[t], &number);
+		printf("cost %s %f %f %lu %d\n", traces[t].name, samples[COST_SAMPLES / 2],
+		       (double)(read_calls(fd) - start) / COST_TRANSFERS, wrong,
+		       COST_TRANSFERS * (1 + COST_SAMPLES + 1));
+		close(fd);
+	}
+}
+
 /* Which libraries the rank runs with: nothing else tells whether they are the right ones. */
 static int print_library(struct dl_phdr_info *info, size_t, void *)
 {
@@ -637,6 +777,8 @@ int main(int argc, char **argv)
 			printf("threads - - skipped: no MPI_THREAD_MULTIPLE\n");
 	} else if (multiple) {
 		threads(rank, strtoul(argv[2], NULL, 10), strtoull(argv[3], NULL, 10));
+	} else if (!strcmp(mode, "cost") && argc == 2) {
+		cost(rank);
 	} else if (rank) {
 		serve(MPI_COMM_WORLD);
 	} else {

@@ -59,6 +59,7 @@ const BUDGETS: &[Budget] = &[
     most("hit, munmap, for each watch", &[("overlapping", "100")], 250.0, 250.0),
     most("hit, munmap, for each watch", &[("overlapping", "1000")], 250.0, 250.0),
     most("growth of a hit", &[], 40.0, 43.5),
+    most("growth of a hit by threads", &[], 0.0, 5.0),
     most("growth of a registration and its end", &[], 15.0, 15.0),
     // Nothing. In munmap() and fork() other work of mm differs by more from time to time.
     most("bystander", &[("process", "no FD"), ("change", "mprotect")], 0.0, 5.0),
@@ -71,6 +72,7 @@ const BUDGETS: &[Budget] = &[
     least("job, no cache adds more than ours", &[("trace", "churn-heavy")], 3.0, 3.0),
     least("job, userfaultfd adds more than ours", &[], 1.0, 1.0),
     most("job, wrong data", &[("with", "ours")], 0.0, 0.0),
+    most("MPI, wrong data", &[("with", "ours")], 0.0, 0.0),
 ];
 
 /// Gives the rows their limits. Returns the names of budgets that no row has.

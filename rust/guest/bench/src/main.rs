@@ -6,6 +6,7 @@ mod budget;
 mod hooks;
 mod job;
 mod measure;
+mod mpi;
 mod peers;
 mod plot;
 mod population;
@@ -34,12 +35,15 @@ enum Command {
     Run {
         /// Where the rows go, a line of JSON each
         rows: PathBuf,
-        /// Only these parts: queue, peers, job, memory, population
+        /// Only these parts: queue, peers, job, memory, population, mpi
         #[arg(long, value_delimiter = ',')]
         only: Vec<String>,
         /// The most watches elsewhere in the process
         #[arg(long, default_value_t = 100_000)]
         watches: usize,
+        /// The command that counts transfers of MPI
+        #[arg(long)]
+        mpi: String,
     },
     /// Prints the rows, and fails if one is over its budget
     Report {
@@ -85,7 +89,8 @@ fn run(command: Command) -> Result<bool> {
             rows,
             only,
             watches,
-        } => count(&rows, &only, watches).map(|()| true),
+            mpi,
+        } => count(&rows, &only, watches, &mpi).map(|()| true),
         Command::Report {
             rows,
             json,
@@ -100,7 +105,7 @@ fn run(command: Command) -> Result<bool> {
     }
 }
 
-fn count(path: &Path, only: &[String], watches: usize) -> Result<()> {
+fn count(path: &Path, only: &[String], watches: usize, mpi: &str) -> Result<()> {
     measure::check_clock()?;
     let mut rows = row::Rows::create(path)?;
     type Part<'a> = (&'static str, &'a dyn Fn(&mut row::Rows) -> Result<()>);
@@ -110,6 +115,7 @@ fn count(path: &Path, only: &[String], watches: usize) -> Result<()> {
         ("job", &job::run),
         ("memory", &|rows| population::memory(rows, watches)),
         ("population", &|rows| population::run(rows, watches)),
+        ("mpi", &|rows| mpi::run(rows, mpi)),
     ];
     for name in only {
         let known = parts.iter().any(|(part, _)| part == name);

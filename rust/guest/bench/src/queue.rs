@@ -3,7 +3,7 @@
 //! watches.
 
 use crate::{
-    measure::{BATCH, SAMPLES, count, each, now, pairs, sample, samples},
+    measure::{BATCH, SAMPLES, count, each, now, pairs, sample},
     row::Rows,
 };
 use anyhow::{Result, ensure};
@@ -14,6 +14,7 @@ use rustix::{
 use std::{
     ffi::c_long,
     hint::black_box,
+    ops::Range,
     os::fd::{AsFd, AsRawFd},
     ptr,
     sync::{
@@ -37,7 +38,7 @@ pub fn run(rows: &mut Rows) -> Result<()> {
     merged(rows, &fixture);
     waiters(rows);
     drains(rows, &fixture);
-    contention(rows);
+    contention(rows, &fixture);
     Ok(())
 }
 
@@ -154,8 +155,8 @@ fn fast_path(rows: &mut Rows, fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
-fn register(fixture: &Fixture, map: Map, watched: bool) -> Mr {
-    let args = MrArgs::new(map.at(0), PAGES * PAGE);
+fn register(fixture: &Fixture, map: Map, pages: Range<usize>, watched: bool) -> Mr {
+    let args = MrArgs::new(map.at(pages.start), pages.len() * PAGE);
     reg(
         &fixture.pd,
         &match watched {
@@ -169,7 +170,7 @@ fn overlapping(rows: &mut Rows, fixture: &Fixture) {
     for (regions, times) in [(1, 31), (10, 31), (100, 15), (1000, 7)] {
         let [pair] = pairs(times, |watched| {
             let map = Map::new(PAGES);
-            let register = |_| register(fixture, map, watched);
+            let register = |_| register(fixture, map, 0..PAGES, watched);
             let mrs: Vec<_> = (0..regions).map(register).collect();
             let count = count(|| map.unmap(0..PAGES));
             drop(read_all(&fixture.queue));
@@ -187,7 +188,7 @@ fn overlapping(rows: &mut Rows, fixture: &Fixture) {
 fn merged(rows: &mut Rows, fixture: &Fixture) {
     let both = [false, true].map(|watched| {
         let maps: Vec<_> = (0..BATCH).map(|_| Map::new(PAGES)).collect();
-        let register = |&map| register(fixture, map, watched);
+        let register = |&map| register(fixture, map, 0..PAGES, watched);
         let mrs: Vec<_> = maps.iter().map(register).collect();
         maps.iter().for_each(|map| map.dont_need(0..PAGES));
         (maps, mrs)
@@ -246,7 +247,7 @@ fn waiters(rows: &mut Rows) {
         });
         let [pair] = pairs(31, |watched| {
             let map = Map::new(PAGES);
-            let mr = register(&fixture, map, watched);
+            let mr = register(&fixture, map, 0..PAGES, watched);
             if let Some(waiter) = &waiter {
                 waiter.wait_asleep();
             }
@@ -265,7 +266,7 @@ fn waiters(rows: &mut Rows) {
         rows.pair("hit of an empty queue, munmap", &params, pair);
         if let Some(waiter) = waiter {
             let map = Map::new(PAGES);
-            let _mr = register(&fixture, map, true);
+            let _mr = register(&fixture, map, 0..PAGES, true);
             stop.store(true, Ordering::Release);
             map.unmap(0..PAGES);
             waiter.join();
@@ -344,41 +345,52 @@ fn drains(rows: &mut Rows, fixture: &Fixture) {
     hot.unmap(0..pages(most));
 }
 
-/// Threads that each hit a watch of their own, and read. On one CPU, so what grows with
-/// their number is what they do for each other.
-fn contention(rows: &mut Rows) {
-    const TIMES: usize = 256;
-    for threads in [1, 2, 4, 8] {
-        let fixture = Arc::new(Fixture::new());
-        let [each] = samples(5, || {
-            let barrier = Arc::new(Barrier::new(threads + 1));
+/// Threads that take turns to hit watches of one queue. There are as many watches for any
+/// number of threads, and one CPU, so what grows is what the threads do to each other.
+fn contention(rows: &mut Rows, fixture: &Fixture) {
+    const WATCHES: usize = 1024;
+    const THREADS: [usize; 4] = [1, 2, 4, 8];
+    let areas = [false, true].map(|watched| {
+        let area = Map::new(WATCHES);
+        let mrs = (0..WATCHES).map(|page| register(fixture, area, page..page + 1, watched));
+        (area, mrs.collect::<Vec<_>>())
+    });
+    let hits = THREADS.map(|threads| {
+        let [pair] = pairs(7, |watched| {
+            let area = areas[usize::from(watched)].0;
+            let barrier = Arc::new(Barrier::new(threads));
             let handles: Vec<_> = (0..threads)
-                .map(|_| {
-                    let (fixture, barrier) = (fixture.clone(), barrier.clone());
+                .map(|thread| {
+                    let barrier = barrier.clone();
                     thread::spawn(move || {
-                        let own = Map::new(1);
-                        let mr = fixture.watch(own, 0..1, 0);
                         barrier.wait();
-                        let mut events = [Event::default(); 16];
-                        for _ in 0..TIMES {
-                            own.dont_need(0..1);
-                            drop(fixture.queue.read(&mut events));
+                        let start = now();
+                        for page in (thread..WATCHES).step_by(threads) {
+                            area.dont_need(page..page + 1);
+                            thread::yield_now();
                         }
-                        barrier.wait();
-                        drop(mr);
-                        own.unmap(0..1);
+                        (start, now())
                     })
                 })
                 .collect();
-            barrier.wait();
-            let start = now();
-            barrier.wait();
-            let count = (now() - start) as f64;
-            let joined = handles.into_iter().all(|handle| handle.join().is_ok());
-            assert!(joined, "a thread panicked");
-            [count / (threads * TIMES) as f64]
+            let times = handles
+                .into_iter()
+                .map(|handle| handle.join().expect("a thread"));
+            let times = times.fold((u64::MAX, 0), |all, own| {
+                (all.0.min(own.0), all.1.max(own.1))
+            });
+            let count = (times.1 - times.0) as f64 / WATCHES as f64;
+            assert_eq!(
+                read_all(&fixture.queue).len(),
+                WATCHES * usize::from(watched)
+            );
+            [count]
         });
         let params = [("threads", threads.into())];
-        rows.add("MADV_DONTNEED that hits, and read()", &params, each);
-    }
+        rows.pair("hit, MADV_DONTNEED, of one queue", &params, pair);
+        pair.more
+    });
+    let params = [("from", THREADS[0].into()), ("to", THREADS[2].into())];
+    let growth = (hits[2] / hits[0] - 1.0) * 100.0;
+    rows.other("growth of a hit by threads", &params, "%", growth);
 }

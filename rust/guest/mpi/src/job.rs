@@ -107,6 +107,12 @@ impl Stack {
     }
 }
 
+/// Transfers of more than 16 KiB are not copied, as they would be over soft-RoCE by default.
+pub const ZERO_COPY: [(&str, &str); 2] = [
+    ("UCX_RNDV_THRESH", "16k"),
+    ("FI_OFI_RXM_SAR_LIMIT", "16384"),
+];
+
 /// Where the libraries under MPI come from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Libraries {

@@ -2,6 +2,7 @@
 //! Runs the MPI programs of ci/mpi over soft-RoCE, with the distribution's libraries and
 //! with patched ones, and tells where data is wrong. Runs in the guest.
 
+mod cost;
 mod demo;
 mod job;
 mod suite;
@@ -46,6 +47,8 @@ enum What {
     Unsupported,
     /// Random changes and transfers only, as TAP
     Soak(suite::Args),
+    /// What a transfer costs; needs one CPU whose clock counts instructions
+    Cost,
 }
 
 /// A change of a mapping that the programs know.
@@ -92,6 +95,7 @@ fn main() -> ExitCode {
         What::Suite(args) => suite::run(&setup, args),
         What::Unsupported => suite::unsupported(&setup),
         What::Soak(args) => suite::soak(&setup, args),
+        What::Cost => cost::run(&setup),
     };
     match good {
         Ok(true) => ExitCode::SUCCESS,

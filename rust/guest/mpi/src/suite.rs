@@ -4,7 +4,7 @@
 
 use crate::{
     Setup,
-    job::{Job, Libraries, Stack, Verdict},
+    job::{Job, Libraries, Stack, Verdict, ZERO_COPY},
 };
 use anyhow::Result;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -27,11 +27,6 @@ pub struct Args {
 /// Enough to see wrong data.
 const SECONDS: u64 = 20;
 const SIZES: &str = "64,1024";
-/// Transfers of 64 KiB are not copied, as they would be over soft-RoCE by default.
-const ZERO_COPY: [(&str, &str); 2] = [
-    ("UCX_RNDV_THRESH", "16k"),
-    ("FI_OFI_RXM_SAR_LIMIT", "16384"),
-];
 const BOTH: [Libraries; 2] = [Libraries::Distribution, Libraries::Ours];
 /// A change that the patched UCX's hooks in libc see below MPICH, also without the feature.
 const MENDED: &str = "mremap_over ";
