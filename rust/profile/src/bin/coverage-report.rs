@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Which lines that a series adds were executed. A line is coverable if the line table of
-//! the kernel has a statement of it, and covered if one instruction of such a statement was
-//! executed, in any inlined copy.
+//! the kernel has a statement of it, or of a function that is inlined there, and covered if
+//! one instruction of such a statement was executed, in any inlined copy.
 
-use anyhow::{Context, Result, ensure};
+use addr2line::{
+    Context,
+    gimli::{DwarfSections, EndianSlice, LittleEndian},
+};
+use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand};
-use gimli::{DwarfSections, EndianSlice, LittleEndian};
 use object::{Object, ObjectSection};
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     ops::Range,
     path::{Path, PathBuf},
@@ -80,48 +83,39 @@ fn statements(vmlinux: &Path, lines: &BTreeSet<Line>) -> Result<BTreeMap<Line, V
         section.map_or(Ok(Cow::default()), |section| section.uncompressed_data())
     })?;
     let dwarf = sections.borrow(|section| EndianSlice::new(section, LittleEndian));
+    let context =
+        Context::from_dwarf(sections.borrow(|section| EndianSlice::new(section, LittleEndian)))?;
+    // Which file of the series a path is. It has a folder in front.
+    let mut names = HashMap::<String, Option<&str>>::new();
     let mut found = BTreeMap::<Line, Vec<Range<u64>>>::new();
     let mut units = dwarf.units();
     while let Some(header) = units.next()? {
-        let unit = dwarf.unit(header)?;
-        let Some(program) = unit.line_program.clone() else {
+        let Some(program) = dwarf.unit(header)?.line_program else {
             continue;
         };
-        // The file of the series that a file of this unit is. It has a folder in front.
-        let name = |index| -> Result<Option<&str>> {
-            let header = program.header();
-            let entry = header.file(index).context("no such file")?;
-            let name = dwarf.attr_string(&unit, entry.path_name())?;
-            let mut path = PathBuf::new();
-            if let Some(folder) = entry.directory(header) {
-                path.push(&*dwarf.attr_string(&unit, folder)?.to_string_lossy());
-            }
-            path.push(&*name.to_string_lossy());
-            let ours = |file: &&&str| path.ends_with(**file);
-            Ok(files.iter().find(ours).copied())
-        };
-        let mut names = BTreeMap::new();
-        let mut last: Option<(Line, u64)> = None;
-        let mut rows = program.clone().rows();
+        let mut last = None; // a statement that begins there
+        let mut rows = program.rows();
         while let Some((_, row)) = rows.next_row()? {
-            if let Some((line, start)) = last.take()
-                && start < row.address()
-            {
-                found.entry(line).or_default().push(start..row.address());
-            }
-            let Some(line) = row.line() else { continue };
-            if row.end_sequence() || !row.is_stmt() {
+            let range = last.unwrap_or(row.address())..row.address();
+            last = (row.is_stmt() && !row.end_sequence()).then(|| row.address());
+            if range.is_empty() {
                 continue;
             }
-            let index = row.file_index();
-            let name = match names.get(&index) {
-                Some(name) => *name,
-                None => *names.entry(index).or_insert(name(index)?),
-            };
-            if let Some(name) = name {
-                let line = (name.to_owned(), line.get());
-                if lines.contains(&line) {
-                    last = Some((line, row.address()));
+            let mut frames = context.find_frames(range.start).skip_all_loads()?;
+            while let Some(frame) = frames.next()? {
+                let Some((path, line)) = frame.location.and_then(|at| at.file.zip(at.line)) else {
+                    continue;
+                };
+                let ours = |file: &&&str| Path::new(path).ends_with(**file);
+                let name = match names.get(path) {
+                    Some(name) => *name,
+                    None => *names
+                        .entry(path.to_owned())
+                        .or_insert(files.iter().find(ours).copied()),
+                };
+                let line = name.map(|name| (name.to_owned(), u64::from(line)));
+                if let Some(line) = line.filter(|line| lines.contains(line)) {
+                    found.entry(line).or_default().push(range.clone());
                 }
             }
         }
