@@ -510,12 +510,10 @@ impl Run {
     }
 
     fn read(self: &Rc<Self>, read: &Read) {
-        let interrupted = Rc::new(Cell::new(false));
         let slept = Rc::new(Cell::new(false));
 
         if let Some(asleep) = &read.asleep {
             let run = self.clone();
-            let interrupted = interrupted.clone();
             let slept = slept.clone();
             let asleep = RefCell::new(asleep.clone().into_iter());
             let queue = read.queue;
@@ -537,7 +535,6 @@ impl Run {
                 assert!(!asleep || view.ready() == 0);
                 drop(view);
                 if signal || asleep {
-                    interrupted.set(true);
                     check::set_signal_pending(thread::current().id(), true);
                 }
                 run.happened(queue, Happened::WokeUp);
@@ -584,7 +581,7 @@ impl Run {
             Err(EIO)
         } else {
             assert_eq!(self.view(read.queue).ready(), 0);
-            Err(if interrupted.get() {
+            Err(if read.asleep.is_some() {
                 ERESTARTSYS
             } else {
                 EAGAIN
