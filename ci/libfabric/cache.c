@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * cache [no] DEVICE: the registration cache of libfabric in a child of fork() and after
- * the device was removed, which this does; judged by the keys of the registrations.
- * With 'no' the domain must not use MMU notification, and is like that of old libraries.
+ * cache [other|none] DEVICE: the registration cache of libfabric in a child of fork() and
+ * after the device was removed, which this does; judged by the keys of the registrations.
+ * With 'other' the domain must use the monitor of old libraries instead of MMU notification,
+ * with 'none' no cache.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -188,7 +189,9 @@ static void removal(void)
 
 int main(int argc, char **argv)
 {
-	bool none = argc == 3 && !strcmp(argv[1], "no");
+	const char *mode = argc == 3 ? argv[1] : "";
+	bool other = !strcmp(mode, "other"), none = !strcmp(mode, "none");
+	bool notify = !other && !none;
 	struct fid_mr *mr;
 	char *buffer;
 
@@ -196,13 +199,19 @@ int main(int argc, char **argv)
 	open_domain();
 	buffer = map();
 	mr = reg(buffer);
-	check(same(mr, buffer), "there is a cache");
-	check(channels() == !none, none ? "without a channel" : "with a channel");
+	check(same(mr, buffer) == !none, none ? "there is no cache" : "there is a cache");
+	check(channels() == notify, notify ? "with a channel" : "without a channel");
 	change(buffer);
-	check(same(mr, buffer) == none, none ? "it does not see a raw system call" :
-					       "it sees a raw system call");
+	if (!none)
+		check(same(mr, buffer) == other, other ? "it does not see a raw system call" :
+							 "it sees a raw system call");
+	if (other) {
+		if (madvise(buffer, SIZE, MADV_DONTNEED))
+			err(1, "madvise");
+		check(!same(mr, buffer), "it sees a call of libc");
+	}
 	must(fi_close(&mr->fid), "fi_close");
-	if (!none) {
+	if (notify) {
 		forking();
 		removal();
 	}
