@@ -615,6 +615,7 @@ impl Buffer for Script {
     fn copy(&mut self, records: &[Record]) -> Result {
         assert!(check::in_atomic());
         assert!(self.fault.is_none() && self.end.is_none());
+        assert!(self.copied < self.read.interrupted);
         if self.slept.take() {
             (self.room, self.faults) = (None, 0);
         }
@@ -797,5 +798,21 @@ fn sleep_forgets_faults() {
         let asleep = vec![(vec![start(), invalidate()], false)];
 
         run([start(), invalidate(), read(1, copies, Some(asleep))], 0);
+    });
+}
+
+/// A signal that is pending after a copy ends the read. The other event stays.
+#[test]
+fn signal_ends_read() {
+    check::sequential(|| {
+        let read = Read {
+            queue: 0,
+            max: 2,
+            asleep: None,
+            copies: faults(1),
+            interrupted: 1,
+        };
+
+        run([start(), start(), invalidate(), Op::Read(read)], 1);
     });
 }
