@@ -207,7 +207,7 @@ impl World {
             0 => opcode::Write::new(target, buffer, len as u32).build(),
             1 => opcode::Fsync::new(target).build(),
             2 => opcode::Ftruncate::new(target, len).build(),
-            3 => opcode::Splice::new(target, -1, target, -1, len as u32).build(),
+            3 => opcode::Splice::new(target, -1, target, -1, len as u32 | 1).build(),
             _ => opcode::Read::new(target, buffer, len as u32)
                 .offset(reading.offset)
                 .rw_flags(RWF_NOWAIT | flags)
@@ -575,7 +575,7 @@ impl World {
         let (number, len) = (self.odd_number(), self.pick(&[1, 40, PAGE_LEN, u64::MAX]));
         let [read_end, write_end] = [0, 1].map(|n| self.others[n].as_raw_fd() as u64);
         let file = self.others[3].as_raw_fd() as u64;
-        let (call, args) = match self.random.random_range(0..19) {
+        let (call, args) = match self.random.random_range(0..18) {
             0 => (SYS_write, [fd, pointer, len, 0, 0, 0]),
             1 => (SYS_pwrite64, [fd, pointer, len, number, 0, 0]),
             2 => (SYS_writev, [fd, pointer, 1, 0, 0, 0]),
@@ -598,8 +598,7 @@ impl World {
             13 => (SYS_getdents64, [fd, pointer, 64, 0, 0, 0]),
             14 => (SYS_fchdir, [fd, 0, 0, 0, 0, 0]),
             15 => (SYS_tee, [fd, write_end, len, 0, 0, 0]),
-            16 => (SYS_vmsplice, [fd, pointer, 1, 0, 0, 0]),
-            17 => (SYS_recvfrom, [fd, pointer, 40, 0, 0, 0]),
+            16 => (SYS_recvfrom, [fd, pointer, 40, 0, 0, 0]),
             _ => (SYS_preadv2, [fd, pointer, u64::MAX, 0, 0, 0]),
         };
         let answer = self.room.run(call, &args);

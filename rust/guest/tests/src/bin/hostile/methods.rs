@@ -594,7 +594,7 @@ impl World {
             true => self.deregistered(call.side, handle, count.map(written), call),
             // It is gone if only the count could not be written.
             false if self.is_live(call.side, handle) => {
-                if self.exact() && self.query(call.side, handle).is_none() {
+                if self.query(call.side, handle).is_none() {
                     let bad = count.is_some_and(|(count, _)| !self.room.holds(count.data, 4));
                     ensure!(bad, call, "it failed, but the region is gone");
                     self.deregistered(call.side, handle, None, call);
@@ -714,7 +714,6 @@ impl World {
     fn after_fault(&mut self, side: usize, command: &Command, call: &dyn std::fmt::Debug) {
         let handle = command.word.into();
         if command.number == DEREG
-            && self.exact()
             && self.is_live(side, handle)
             && self.query(side, handle).is_none()
         {
@@ -787,22 +786,23 @@ impl World {
         );
         match answer {
             Ok(count) => {
+                let words = [written.in_words, written.provider_in].map(usize::from);
+                let core = 8 * words[0];
                 let whole = count == written.count
-                    && count == len as u64
-                    && at + len <= PAGE
-                    && written.reserved == 0
-                    && (usize::from(written.in_words) + usize::from(written.provider_in)) * 8 + 24
-                        == len;
+                    && count as usize == 24 + core + 8 * words[1]
+                    && 24 + core <= len
+                    && at + count as usize <= PAGE
+                    && written.reserved == 0;
                 ensure!(
                     whole && written.fd == self.sides[side].fd,
                     written,
                     "accepted"
                 );
                 // The rest of the input is the driver's, which ignores it.
-                let rest = 8 * usize::from(written.provider_in);
-                let extra = written.command.extra.len().saturating_sub(rest);
                 let mut command = sent(&written);
-                command.extra.truncate(extra);
+                let known = len - 24 - command.extra.len();
+                ensure!(known <= core, written, "accepted a short request");
+                command.extra.truncate(core - known);
                 self.after_command(side, &command, &written);
             }
             Err(libc::EFAULT) => self.after_fault(side, &sent(&written), &written),
