@@ -38,8 +38,9 @@ pub const OPERATIONS: u64 = (THREADS * STEPS * ROUNDS) as u64;
 
 /// Each thread has an arena of each of these, whose mapping nobody else changes,
 pub const OWN: [Kind; 4] = [Kind::Private, Kind::Shared, Kind::File, Kind::Copied];
-/// and all use these.
+/// and all use these, the last ones not as often.
 const ALL: [Kind; 4] = [Kind::Private, Kind::File, Kind::Thp, Kind::Huge];
+pub const FIRST_HUGE: usize = 2;
 
 /// Pages of hugetlb that a process needs: two for each region, for the mapping, for what is
 /// mapped over it, and for a child of each thread.

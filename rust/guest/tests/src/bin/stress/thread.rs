@@ -4,7 +4,7 @@
 use crate::{
     memory::{Arena, Kind, UNITS},
     model::Region,
-    process::{COMMON, OWN, Process, ROUNDS, STEPS, THREADS},
+    process::{COMMON, FIRST_HUGE, OWN, Process, ROUNDS, STEPS, THREADS},
 };
 use rand::{RngExt, rngs::SmallRng, seq::IteratorRandom};
 use rustix::{
@@ -108,9 +108,12 @@ impl<'a> Thread<'a> {
     fn step(&mut self) {
         let (process, random) = (self.process, &mut self.random);
         let (coin, rare) = (random.random(), random.random_range(0..8) == 0);
-        let arenas = match random.random() {
-            true => self.index * OWN.len()..(self.index + 1) * OWN.len(),
-            false => THREADS * OWN.len()..process.bell().index,
+        // Huge pages cost too much time to be as frequent.
+        let all = THREADS * OWN.len();
+        let arenas = match random.random_range(0..16) {
+            0..8 => self.index * OWN.len()..(self.index + 1) * OWN.len(),
+            8..15 => all..all + FIRST_HUGE,
+            _ => all + FIRST_HUGE..process.bell().index,
         };
         let arena = &process.arenas[random.random_range(arenas)];
         let count = arena.kind.units();
