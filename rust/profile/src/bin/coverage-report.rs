@@ -41,7 +41,7 @@ enum Command {
         /// The plugin's file.
         executed: PathBuf,
         /// Lines "FILE FUNCTION TEXT" that need not be covered, below a comment that says
-        /// why. Each must be uncovered. TEXT is the line without its indentation, or "*" for
+        /// why. Each must be uncovered, unless "? " is in front. TEXT is the line without its indentation, or "*" for
         /// all of the function.
         reasons: PathBuf,
     },
@@ -182,7 +182,8 @@ fn main() -> Result<ExitCode> {
             }
             reason = format!("{reason} {}", comment.trim());
         } else if !line.is_empty() {
-            unused.insert(line.to_owned(), (reason.clone(), false));
+            let (line, used) = line.strip_prefix("? ").map_or((line, false), |l| (l, true));
+            unused.insert(line.to_owned(), (reason.clone(), used));
         }
         below = !line.starts_with('#');
     }
