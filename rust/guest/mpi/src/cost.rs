@@ -10,17 +10,19 @@ use anyhow::{Result, ensure};
 
 const STACKS: [Stack; 2] = [Stack::OpenMpiUcx, Stack::OpenMpiOfi];
 
+type Environment = &'static [(&'static str, &'static str)];
+
 /// Without a cache each transfer registers its buffer.
-const NO_CACHE: [(&str, &str); 3] = [
+const NO_CACHE: Environment = &[
     ("UCX_IB_REG_METHODS", "direct"),
     ("UCX_RCACHE_ENABLE", "n"),
     ("FI_MR_CACHE_MAX_COUNT", "0"),
 ];
 
-const WAYS: [(&str, Libraries, &[(&str, &str)]); 3] = [
+const WAYS: [(&str, Libraries, Environment); 3] = [
     ("hooks", Libraries::Distribution, &[]),
     ("ours", Libraries::Ours, &[]),
-    ("no-cache", Libraries::Ours, &NO_CACHE),
+    ("no-cache", Libraries::Ours, NO_CACHE),
 ];
 
 pub fn run(setup: &Setup) -> Result<bool> {
