@@ -41,8 +41,8 @@ enum Command {
         /// The plugin's file.
         executed: PathBuf,
         /// Lines "FILE FUNCTION TEXT" that need not be covered, below a comment that says
-        /// why. Each must be uncovered, unless "? " is in front. TEXT is the line without its indentation, or "*" for
-        /// all of the function.
+        /// why. Each must be uncovered, unless "? " is in front. TEXT is the line without its
+        /// indentation, or "*" for all of the function.
         reasons: PathBuf,
     },
 }
