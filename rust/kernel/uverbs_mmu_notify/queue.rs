@@ -272,6 +272,7 @@ impl Inner {
 
         let records = &batch[..count];
         if buffer.copy(records).is_err() {
+            // Nothing has merged meanwhile, so the record has all of the event.
             for (record, watch) in records.iter().zip(self.pending.iter()) {
                 let event = watch.region.pending(record);
                 // Release: as in `Watch::report()`.

@@ -133,15 +133,15 @@ impl Region {
         })
     }
 
-    /// Returns whether there are at most 2^30 units if they have `1 << shift` bytes.
+    /// Returns whether units of `1 << shift` bytes are few enough, at most 2^30.
     fn fits(&self, shift: usize) -> bool {
         (((self.end - 1) >> shift) - (self.start >> shift)) >> Pending::UNIT_BITS == 0
     }
 
     /// Calls `f` with the binary logarithm of the size of a unit in bytes.
     ///
-    /// Nearly always that is `PAGE_SHIFT`. `f` is compiled for that value, too, since shifts by a
-    /// constant are cheaper.
+    /// Nearly always that is `PAGE_SHIFT`. `f` is compiled separately for that value, since shifts by
+    /// a constant are cheaper.
     #[inline(always)]
     fn with_unit_shift<T>(&self, f: impl Fn(usize) -> T) -> T {
         if self.fits(PAGE_SHIFT) {

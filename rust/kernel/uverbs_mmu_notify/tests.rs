@@ -344,6 +344,19 @@ mod state {
             limit..limit + 1
         );
     }
+
+    /// A record has all of its event, whatever the units.
+    #[test]
+    fn event_of_record() -> Result {
+        for size in [8 * PAGE_SIZE, (PAGE_SIZE << 30) + 1] {
+            let region = Region::new(0..size).ok_or(EINVAL)?;
+            let range = 3 * PAGE_SIZE..5 * PAGE_SIZE;
+            let event = region.event(range, Reason::MaybeStale).ok_or(EINVAL)?;
+
+            assert_eq!(region.pending(&region.record(event, 7, 1)), event);
+        }
+        Ok(())
+    }
 }
 
 #[kunit_tests(ib_uverbs_mmu_notify_queue)]
