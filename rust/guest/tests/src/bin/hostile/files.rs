@@ -42,6 +42,14 @@ impl World {
         queue.is_none_or(|queue| queue.ours)
     }
 
+    /// Often there is something to read.
+    fn prepare_read(&mut self) {
+        for _ in 0..self.random.random_range(0..3) {
+            self.change();
+        }
+        self.room.clear();
+    }
+
     /// Pieces of a buffer, of any length, in the room. Few of them are odd.
     fn pieces(&mut self, count: usize) -> Vec<(u64, u64)> {
         let mut pieces = Vec::new();
@@ -73,7 +81,7 @@ impl World {
 
     /// read(), readv(), pread() and preadv2().
     pub fn read(&mut self) {
-        self.room.clear();
+        self.prepare_read();
         let fd = self.some_queue();
         let number = self.pick(&[
             SYS_read,
@@ -186,7 +194,7 @@ impl World {
 
     /// A request of io_uring that does not wait.
     pub fn uring(&mut self) {
-        self.room.clear();
+        self.prepare_read();
         let fd = self.some_queue();
         let reading = Reading {
             fd,

@@ -791,7 +791,7 @@ impl World {
                 let whole = count == written.count
                     && count as usize == 24 + core + 8 * words[1]
                     && 24 + core <= len
-                    && at + count as usize <= PAGE
+                    && at + 24 + core <= PAGE
                     && written.reserved == 0;
                 ensure!(
                     whole && written.fd == self.sides[side].fd,
