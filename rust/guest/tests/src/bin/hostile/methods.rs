@@ -685,13 +685,14 @@ impl World {
             "the response is {:x?}",
             self.room.bytes(response, out as usize)
         );
-        let (first, keys) = (word(2).into(), (word(3), word(4)));
+        let first = word(2).into();
         match command.number {
             CREATE => {
                 ensure!(command.word == 0, call, "accepted reserved bits");
                 self.created(side, first, call);
             }
             REG => {
+                let keys = (word(3), word(4));
                 let (fd, cookie) = command.asked.notify.unwrap_or((-1, 0));
                 let asked = Asked {
                     pd: command.word.into(),
