@@ -36,10 +36,7 @@ fn regions() {
     const READERS: usize = 8;
     let count = many(100_000);
     let fixture = Fixture::new();
-    let map = Map::untouched(count);
-    let small_pages = map.advise(0..count, libc::MADV_NOHUGEPAGE);
-    small_pages.expect("MADV_NOHUGEPAGE");
-    (0..count).for_each(|page| map.store(page, 0x11));
+    let map = Map::new(count);
     let what = format!("registering {count} pages");
     let mrs = timed(&what, || fixture.watch_each(map, 0..count));
 
