@@ -19,8 +19,8 @@
  *	many there were, a __u32.
  *
  * mmu_notify_methods lends a device methods that no software driver has:
- *	query_ucontext, which adds nothing, reg_user_mr_dmabuf, which fails with
- *	ENODATA, and dealloc_dm, without which there is no DM_MR_REG. write() of the device's name, padded to IB_DEVICE_NAME_MAX,
+ *	query_ucontext, which adds nothing, and reg_user_mr_dmabuf, which fails
+ *	with ENODATA. write() of the device's name, padded to IB_DEVICE_NAME_MAX,
  *	begins that, once. The device cannot be removed meanwhile.
  */
 
@@ -392,24 +392,16 @@ methods_reg_user_mr_dmabuf(struct ib_pd *pd, u64 offset, u64 length,
 	return ERR_PTR(-ENODATA);
 }
 
-/* Never called: no device memory can be allocated. */
-static int methods_dealloc_dm(struct ib_dm *dm,
-			      struct uverbs_attr_bundle *attrs)
-{
-	return 0;
-}
-
 /* As fail_add(). */
 static int methods_add(struct ib_device *device)
 {
 	if (!strcmp(dev_name(&device->dev), methods.name) &&
 	    !device->ops.query_ucontext && !device->ops.reg_user_mr_dmabuf &&
-	    !device->ops.dealloc_dm && ib_device_try_get(device)) {
+	    ib_device_try_get(device)) {
 		methods.device = device;
 		WRITE_ONCE(device->ops.query_ucontext, methods_query_ucontext);
 		WRITE_ONCE(device->ops.reg_user_mr_dmabuf,
 			   methods_reg_user_mr_dmabuf);
-		WRITE_ONCE(device->ops.dealloc_dm, methods_dealloc_dm);
 	}
 	return -EOPNOTSUPP;
 }
@@ -431,7 +423,6 @@ static int methods_release(struct inode *inode, struct file *filp)
 	if (device) {
 		WRITE_ONCE(device->ops.query_ucontext, NULL);
 		WRITE_ONCE(device->ops.reg_user_mr_dmabuf, NULL);
-		WRITE_ONCE(device->ops.dealloc_dm, NULL);
 		methods.device = NULL;
 		ib_device_put(device);
 	}

@@ -112,22 +112,3 @@ fn reg_dmabuf_mr() {
     let errno = Errno::PROTONOSUPPORT;
     expect_errno(call(true), errno, "REG_DMABUF_MR, watched");
 }
-
-/// Interface: DM_MR_REG does not have the attributes.
-#[test]
-fn dm_mr_reg() {
-    let fixture = Fixture::new();
-    let _methods = Methods::new(&device());
-    let call = |watched| {
-        // Attributes are looked at before what is missing: the memory of the device.
-        let mut request = Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_DM_MR_REG)
-            .object(UVERBS_ATTR_REG_DM_MR_HANDLE, 0)
-            .object(UVERBS_ATTR_REG_DM_MR_PD_HANDLE, fixture.pd.handle().into());
-        if watched {
-            request = notify(request, &fixture);
-        }
-        fixture.context.call(&mut request)
-    };
-    expect_errno(call(false), Errno::INVAL, "DM_MR_REG, no device memory");
-    expect_errno(call(true), Errno::PROTONOSUPPORT, "DM_MR_REG, watched");
-}
