@@ -140,8 +140,8 @@ impl Region {
 
     /// Calls `f` with the binary logarithm of the size of a unit in bytes.
     ///
-    /// Nearly always that is `PAGE_SHIFT`. `f` is compiled separately for that value, since shifts by
-    /// a constant are cheaper.
+    /// Nearly always that is `PAGE_SHIFT`. `f` is compiled separately for that value, since shifts
+    /// by a constant are cheaper.
     #[inline(always)]
     fn with_unit_shift<T>(&self, f: impl Fn(usize) -> T) -> T {
         if self.fits(PAGE_SHIFT) {
