@@ -12,7 +12,7 @@ use rustix::{
 };
 use std::{
     ffi::{c_long, c_void},
-    fs,
+    fs, io,
     os::fd::OwnedFd,
     panic::{AssertUnwindSafe, catch_unwind},
     ptr,
@@ -58,7 +58,7 @@ impl Child {
                 // SAFETY: It has no preconditions.
                 unsafe { libc::_exit(code) }
             }
-            pid => Self(Pid::from_raw(pid).filter(|_| pid > 0).expect("fork")),
+            pid => Self::new("fork", pid),
         }
     }
 
@@ -73,8 +73,16 @@ impl Child {
         let stack = Map::new(PAGES).void(PAGES);
         let flags = libc::CLONE_VM | libc::SIGCHLD;
         // SAFETY: The stack is nobody else's. The rest is up to the caller.
-        let pid = unsafe { libc::clone(run, stack, flags, ptr::null_mut()) };
-        Self(Pid::from_raw(pid).filter(|_| pid > 0).expect("clone"))
+        Self::new("clone", unsafe {
+            libc::clone(run, stack, flags, ptr::null_mut())
+        })
+    }
+
+    /// Takes what the system call `name` has returned.
+    fn new(name: &str, pid: i32) -> Self {
+        let error = io::Error::last_os_error();
+        let pid = Pid::from_raw(pid).filter(|_| pid > 0);
+        Self(pid.unwrap_or_else(|| panic!("{name}: {error}")))
     }
 
     /// Forks a child that does nothing until it is killed.
