@@ -81,7 +81,7 @@ impl Child {
     /// Takes what the system call `name` has returned.
     fn new(name: &str, pid: i32) -> Self {
         let error = io::Error::last_os_error();
-        let pid = Pid::from_raw(pid).filter(|_| pid > 0);
+        let pid = (pid > 0).then_some(pid).and_then(Pid::from_raw);
         Self(pid.unwrap_or_else(|| panic!("{name}: {error}")))
     }
 

@@ -160,7 +160,7 @@ fn run(seed: u64, shared: &'static Shared, huge: bool, more: impl Fn(u64) -> boo
                 None => (),
             }
         }
-        // Several may have ended at once.
+        // All may have ended in this pass, while more are to start.
         if places.iter().all(Option::is_none) && !more(count) {
             return count;
         }
