@@ -84,7 +84,16 @@ impl Arena {
         self.map_at(self.map, units, file);
     }
 
+    /// Each unit of hugetlb is a mapping by itself: in Linux 7.3.4 mremap() of a part loses the
+    /// reservations of the rest.
     fn map_at(&self, map: Map, units: Range<usize>, file: &OwnedFd) {
+        let step = if self.kind == Huge { 1 } else { units.len() };
+        for unit in units.step_by(step) {
+            self.map_part(map, unit..unit + step, file);
+        }
+    }
+
+    fn map_part(&self, map: Map, units: Range<usize>, file: &OwnedFd) {
         let pages = self.pages(&units);
         let (at, len) = (map.void(pages.start), pages.len() * PAGE);
         let flags = MapFlags::FIXED
