@@ -156,6 +156,9 @@ fn run(seed: u64, shared: &'static Shared, huge: bool, more: impl Fn(u64) -> boo
                     let seed = seed.wrapping_add(count);
                     *process = Some(Running::start(place, seed, shared, &file, huge));
                     count += 1;
+                    if count % 50 == 0 {
+                        println!("{} operations", shared.operations.load(Relaxed));
+                    }
                 }
                 None => (),
             }
