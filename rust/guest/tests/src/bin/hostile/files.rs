@@ -135,7 +135,8 @@ impl World {
                 true => self.odd_number(),
                 false => reading.pieces.len() as u64,
             };
-            let mut read = reading.pieces.iter().take(count as usize);
+            // import_iovec() takes 32 bits of the count.
+            let mut read = reading.pieces.iter().take(count as u32 as usize);
             nothing = read.all(|&(_, len)| len == 0);
             self.allow_pieces(&reading);
             let args = [
