@@ -420,6 +420,10 @@ impl World {
             cookie = given;
         }
         let range = asked.addr..asked.addr + asked.length;
+        // The events of two with the same cookie could not be told apart.
+        let is_twin =
+            |other: &Region| queue.is_some() && other.queue == queue && other.cookie == cookie;
+        let twin = self.regions.iter().position(is_twin);
         self.regions.push(Region {
             side,
             handle,
@@ -428,12 +432,13 @@ impl World {
             range,
             reads: 0,
         });
-        if self.regions.len() > REGIONS {
-            let victim = self.random.random_range(0..REGIONS);
+        let too_many = self.regions.len() > REGIONS;
+        let random = too_many.then(|| self.random.random_range(0..REGIONS));
+        if let Some(victim) = twin.or(random) {
             let (side, handle) = (self.regions[victim].side, self.regions[victim].handle);
             let context = self.sides[side].context();
             let count = destroy_handle(&context, handle as u32, 99);
-            self.deregistered(side, handle, Some(count), &"too many regions");
+            self.deregistered(side, handle, Some(count), &"too many regions, or a twin");
         }
     }
 
