@@ -392,11 +392,9 @@ impl World {
             asked.pd
         );
         let end = asked.addr.checked_add(asked.length);
-        ensure!(
-            end.is_some() && asked.length > 0,
-            call,
-            "accepted the range"
-        );
+        // Part of a page may be empty, unless it is watched.
+        let empty = asked.length == 0 && asked.notify.is_some();
+        ensure!(end.is_some() && !empty, call, "accepted the range");
         let same_offset = (asked.addr ^ asked.iova) & (PAGE as u64 - 1) == 0;
         ensure!(same_offset, call, "accepted the iova");
         let odp = u64::from(IB_UVERBS_ACCESS_ON_DEMAND);
