@@ -81,6 +81,9 @@ fn main() {
         }
         report.call.store(0, Relaxed);
         supervise(seed, report, (calls / 4).min(EPISODE));
+        if seed % 40 == 0 {
+            println!("{} calls", report.calls());
+        }
     }
     report.print();
     println!(
