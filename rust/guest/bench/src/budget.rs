@@ -58,7 +58,6 @@ const BUDGETS: &[Budget] = &[
     most("hit, munmap, for each watch", &[("overlapping", "10")], 250.0, 250.0),
     most("hit, munmap, for each watch", &[("overlapping", "100")], 250.0, 250.0),
     most("hit, munmap, for each watch", &[("overlapping", "1000")], 250.0, 250.0),
-    // Relative to a hit beside 100 watches, which became cheaper.
     most("growth of a hit", &[], 40.0, 54.3),
     most("growth of a hit by threads", &[], 0.0, 5.0),
     most("growth of a registration and its end", &[], 15.0, 15.0),

@@ -123,7 +123,6 @@ impl World {
         };
         let (addr, len) = reading.pieces[0];
         let fd = fd as u64;
-        // The VFS answers a vector without a byte by itself.
         let mut nothing = false;
         let answer = if vector {
             let at = self.room.buffer(16 * reading.pieces.len());
@@ -135,9 +134,10 @@ impl World {
                 true => self.odd_number(),
                 false => reading.pieces.len() as u64,
             };
-            // import_iovec() takes 32 bits of the count.
-            let mut read = reading.pieces.iter().take(count as u32 as usize);
-            nothing = read.all(|&(_, len)| len == 0);
+            // import_iovec() takes 32 bits of the count. The VFS itself answers if none of
+            // these pieces has a byte.
+            let taken = reading.pieces.get(..count as u32 as usize);
+            nothing = taken.is_some_and(|pieces| pieces.iter().all(|&(_, len)| len == 0));
             self.allow_pieces(&reading);
             let args = [
                 fd,
@@ -254,8 +254,9 @@ impl World {
         if kind > 3 {
             self.after_read(&reading, answer);
         } else {
-            // io_uring itself writes nothing to a device, as which this FD may be open.
-            let nothing = answer == Ok(0) && self.racing.contains(&fd);
+            // A racing FD may be the device, and io_uring does not call write() for no bytes.
+            let nothing =
+                kind == 0 && len as u32 == 0 && answer == Ok(0) && self.racing.contains(&fd);
             ensure!(
                 answer.is_err() || nothing,
                 reading,

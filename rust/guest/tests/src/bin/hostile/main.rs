@@ -75,13 +75,13 @@ fn main() {
     };
     println!("UVERBS_HOSTILE_SEED={seed}");
     let report = Report::new();
-    for seed in seed.. {
+    for (count, seed) in (1..).zip(seed..) {
         if report.calls() >= calls {
             break;
         }
         report.call.store(0, Relaxed);
         supervise(seed, report, (calls / 4).min(EPISODE));
-        if seed % 40 == 0 {
+        if count % 50 == 0 {
             println!("{} calls", report.calls());
         }
     }
@@ -103,7 +103,10 @@ fn supervise(seed: u64, report: &'static Report, calls: u64) {
             episode(seed, report, calls);
             std::process::exit(0);
         }
-        pid => Pid::from_raw(pid).filter(|_| pid > 0).expect("fork"),
+        pid => (pid > 0)
+            .then_some(pid)
+            .and_then(Pid::from_raw)
+            .expect("fork"),
     };
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).expect("pidfd_open");
     let mut seen = 0;

@@ -392,8 +392,9 @@ impl World {
             asked.pd
         );
         let end = asked.addr.checked_add(asked.length);
-        // Part of a page may be empty, unless it is watched.
-        let empty = asked.length == 0 && asked.notify.is_some();
+        // ib_umem_get() pins the page around an empty range, unless that is at its start.
+        let empty =
+            asked.length == 0 && (asked.notify.is_some() || asked.addr.is_multiple_of(PAGE as u64));
         ensure!(end.is_some() && !empty, call, "accepted the range");
         let same_offset = (asked.addr ^ asked.iova) & (PAGE as u64 - 1) == 0;
         ensure!(same_offset, call, "accepted the iova");
@@ -418,7 +419,7 @@ impl World {
             cookie = given;
         }
         let range = asked.addr..asked.addr + asked.length;
-        // The events of two with the same cookie could not be told apart.
+        // One of two with the same cookie goes: their events could not be told apart.
         let is_twin =
             |other: &Region| queue.is_some() && other.queue == queue && other.cookie == cookie;
         let twin = self.regions.iter().position(is_twin);
@@ -436,7 +437,12 @@ impl World {
             let (side, handle) = (self.regions[victim].side, self.regions[victim].handle);
             let context = self.sides[side].context();
             let count = destroy_handle(&context, handle as u32, 99);
-            self.deregistered(side, handle, Some(count), &"too many regions, or a twin");
+            let why = if twin.is_some() {
+                "it has a twin"
+            } else {
+                "too many regions"
+            };
+            self.deregistered(side, handle, Some(count), &why);
         }
     }
 

@@ -163,7 +163,7 @@ fn run(seed: u64, shared: &'static Shared, huge: bool, more: impl Fn(u64) -> boo
                 None => (),
             }
         }
-        // All may have ended in this pass, while more are to start.
+        // If all have ended in this pass, the next one may start more.
         if places.iter().all(Option::is_none) && !more(count) {
             return count;
         }

@@ -84,8 +84,8 @@ impl Arena {
         self.map_at(self.map, units, file);
     }
 
-    /// Each unit of hugetlb is a mapping by itself: in Linux 7.3.4 mremap() of a part loses the
-    /// reservations of the rest.
+    /// Each unit of hugetlb is a mapping by itself: in Linux 7.3.4 mremap() of a part of a private
+    /// mapping loses the reservations of the rest. So none of them is ever split here.
     fn map_at(&self, map: Map, units: Range<usize>, file: &OwnedFd) {
         let step = if self.kind == Huge { 1 } else { units.len() };
         for unit in units.step_by(step) {
@@ -140,7 +140,7 @@ impl Arena {
     fn move_unit(&self, from: Map, to: Map, unit: usize, flags: MremapFlags) {
         let page = unit * self.kind.unit();
         let (from, to, len) = (from.void(page), to.void(page), self.unit());
-        // SAFETY: As in `map_at`.
+        // SAFETY: As in `map_part`.
         let moved = unsafe { mremap_fixed(from, len, len, MremapFlags::MAYMOVE | flags, to) };
         assert_eq!(moved, Ok(to), "mremap, {:?}", self.kind);
     }
