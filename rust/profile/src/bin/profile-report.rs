@@ -2,7 +2,7 @@
 //! Prints where the instructions of each row of `make profile` go: by symbol, as the
 //! difference of two phases.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use std::{
     collections::{BTreeMap, HashMap},
@@ -25,6 +25,9 @@ struct Args {
     /// Leaves out symbols with fewer instructions than this.
     #[arg(long, default_value_t = 2.0)]
     least: f64,
+    /// Fails if a first invalidation runs more instructions under the lock than this.
+    #[arg(long)]
+    lock_budget: Option<f64>,
 }
 
 /// Instructions per symbol, and those under the lock.
@@ -79,6 +82,7 @@ fn main() -> Result<()> {
         .collect();
 
     let mut rows = 0;
+    let mut first = None;
     for line in read(&args.rows)?.lines() {
         let Some(row) = line.strip_prefix("row ") else {
             continue;
@@ -99,16 +103,31 @@ fn main() -> Result<()> {
             }
         }
         let times: f64 = times.parse()?;
-        show(name, &profile, times, &groups, args.least);
+        let locked = show(name, &profile, times, &groups, args.least);
+        if name.contains("first invalidation") {
+            first = Some(locked);
+        }
         rows += 1;
     }
     if rows == 0 {
         bail!("no row in {}: did the guest finish?", args.rows.display());
     }
+    if let Some(budget) = args.lock_budget {
+        let locked = first.context("no row of a first invalidation")?;
+        println!("\nfirst invalidation, under the queue lock: {locked:.0}, budget {budget:.0}");
+        ensure!(locked <= budget, "the budget is missed");
+    }
     Ok(())
 }
 
-fn show(name: &str, profile: &Profile, times: f64, groups: &HashMap<String, String>, least: f64) {
+/// Prints a row. Returns the instructions under the lock.
+fn show(
+    name: &str,
+    profile: &Profile,
+    times: f64,
+    groups: &HashMap<String, String>,
+    least: f64,
+) -> f64 {
     let mut sums = BTreeMap::<&str, f64>::new();
     let (mut all, mut locked) = (0.0, 0.0);
     for (symbol, counts) in profile {
@@ -132,4 +151,5 @@ fn show(name: &str, profile: &Profile, times: f64, groups: &HashMap<String, Stri
             rustc_demangle::demangle(symbol)
         );
     }
+    locked
 }
