@@ -13,13 +13,19 @@
 //!
 //! The seed of each episode is the one before plus one. A failure prints its own, for
 //! `UVERBS_HOSTILE_SEED`. The device is soft-RoCE: others want more attributes.
+//!
+//! On a kernel with KCOV it counts what it reaches. With `UVERBS_HOSTILE_GUIDE=FILE` that
+//! guides it, see `guide.rs`. Then the seed is not enough to repeat an episode: `FILE` has the
+//! numbers of one that failed, for `UVERBS_HOSTILE_REPEAT`.
 
 mod files;
+mod guide;
 mod memory;
 mod methods;
 mod report;
 mod world;
 
+use guide::{Choices, Guide};
 use libc::{c_int, c_long};
 use memory::sys;
 use rand::{
@@ -32,7 +38,7 @@ use rustix::{
     process::{Pid, PidfdFlags, WaitOptions, pidfd_open, waitpid},
 };
 use std::{
-    env,
+    env, fs,
     os::fd::{AsFd, AsRawFd},
     sync::{
         Arc,
@@ -74,15 +80,39 @@ fn main() {
             .into(),
     };
     println!("UVERBS_HOSTILE_SEED={seed}");
-    let report = Report::new();
+    let save = env::var_os("UVERBS_HOSTILE_GUIDE");
+    let repeated = env::var_os("UVERBS_HOSTILE_REPEAT").map(|path| {
+        let numbers = fs::read(path).expect("read UVERBS_HOSTILE_REPEAT");
+        let numbers = numbers.as_chunks().0.iter().copied();
+        numbers.map(u64::from_ne_bytes).collect::<Vec<_>>()
+    });
+    let (report, guide) = (Report::new(), Guide::new());
     for (count, seed) in (1..).zip(seed..) {
-        if report.calls() >= calls {
+        if report.calls() >= calls || count > 1 && repeated.is_some() {
             break;
         }
         report.call.store(0, Relaxed);
-        supervise(seed, report, (calls / 4).min(EPISODE));
+        guide.clear();
+        let given = repeated.clone().unwrap_or_default();
+        let choices = || Choices::new(seed, guide, save.is_some(), given);
+        let calls = (calls / 4).min(EPISODE);
+        if let Err(how) = supervise(|| episode(Role::of(seed), choices(), report, calls), report) {
+            let call = report.call.load(Relaxed);
+            println!("call {call} of the episode as {:?}: {how}", Role::of(seed));
+            let mut numbers = String::new();
+            if let Some(save) = &save {
+                fs::write(save, guide.numbers()).expect("write UVERBS_HOSTILE_GUIDE");
+                numbers = format!(" UVERBS_HOSTILE_REPEAT={}", save.display());
+            }
+            println!(
+                "to repeat it: UVERBS_HOSTILE_SEED={seed}{numbers} hostile {}",
+                4 * calls
+            );
+            std::process::exit(1);
+        }
         if count % 50 == 0 {
             println!("{} calls", report.calls());
+            guide.print();
         }
     }
     report.print();
@@ -90,17 +120,18 @@ fn main() {
         "{} episodes in a user name space",
         report.name_spaces.load(Relaxed)
     );
+    guide.print();
     expect_no_regions();
     report.check();
 }
 
-/// Runs an episode, and ends the program if that fails or hangs.
-fn supervise(seed: u64, report: &'static Report, calls: u64) {
+/// Runs an episode in a process of its own. An error says how that fails, or that it hangs.
+fn supervise(episode: impl FnOnce(), report: &'static Report) -> Result<(), String> {
     // SAFETY: There is no other thread.
     let pid = match unsafe { libc::fork() } {
         0 => {
             // A panic ends it with 101.
-            episode(seed, report, calls);
+            episode();
             std::process::exit(0);
         }
         pid => (pid > 0)
@@ -127,26 +158,19 @@ fn supervise(seed: u64, report: &'static Report, calls: u64) {
             break None;
         }
     };
-    let success = ended.is_some_and(|(_, status)| status.exit_status() == Some(0));
-    if !success {
-        let how = ended.map_or("hangs".to_owned(), |(_, status)| format!("{status:?}"));
-        let call = report.call.load(Relaxed);
-        println!("call {call} of the episode as {:?}: {how}", Role::of(seed));
-        println!(
-            "to repeat it: UVERBS_HOSTILE_SEED={seed} hostile {}",
-            4 * calls
-        );
-        std::process::exit(1);
+    match ended {
+        Some((_, status)) if status.exit_status() == Some(0) => Ok(()),
+        Some((_, status)) => Err(format!("{status:?}")),
+        None => Err("hangs".to_owned()),
     }
 }
 
-fn episode(seed: u64, report: &'static Report, calls: u64) {
-    let role = Role::of(seed);
+fn episode(role: Role, choices: Choices, report: &'static Report, calls: u64) {
     if let Role::User = role {
         become_user(report);
     }
     let fds = count_fds();
-    let mut world = World::new(seed, report);
+    let mut world = World::new(choices, report);
     match role {
         Role::Child => {
             let child = in_child(|| {
@@ -163,7 +187,7 @@ fn episode(seed: u64, report: &'static Report, calls: u64) {
             let stop = Arc::new(AtomicBool::new(false));
             let racer = {
                 let (context, stop) = (world.sides[0].context(), stop.clone());
-                let random = SmallRng::seed_from_u64(!seed);
+                let random = SmallRng::seed_from_u64(world.random.random());
                 thread::spawn(move || race(&context, random, &stop))
             };
             world.racing = RACING;
@@ -183,6 +207,7 @@ fn episode(seed: u64, report: &'static Report, calls: u64) {
 }
 
 fn step(world: &mut World) {
+    world.random.begin_step();
     match world.random.random_range(0..1000) {
         0..330 => world.method(),
         330..530 => world.write(),
@@ -197,6 +222,7 @@ fn step(world: &mut World) {
         930..950 => world.close(),
         _ => world.change(),
     }
+    world.random.end_step();
 }
 
 /// Without privileges, and in a user name space if the kernel has them. The device is opened

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What the kernel may write to, and system calls with any arguments.
 
+use crate::guide::Choices;
 use libc::c_long;
-use rand::{RngExt, rngs::SmallRng};
+use rand::RngExt;
 use rustix::mm::MprotectFlags;
 use std::{io, ops::Range, ptr, slice};
 use uverbs_mmu_notify_tests::*;
@@ -147,7 +148,7 @@ impl Room {
     }
 
     /// An address that is odd in some way.
-    pub fn odd_pointer(&self, random: &mut SmallRng) -> u64 {
+    pub fn odd_pointer(&self, random: &mut Choices) -> u64 {
         let at = |offset: usize| self.addr(offset);
         let some = random.random_range(0..PAGE);
         match random.random_range(0..12) {

@@ -145,6 +145,30 @@ impl Op {
     }
 }
 
+/// Memory that children share.
+///
+/// # Safety
+///
+/// A `T` that is zero is valid.
+pub unsafe fn shared<T: Sync>() -> &'static T {
+    let protection = PROT_READ | PROT_WRITE;
+    let flags = MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE;
+    // SAFETY: A new mapping.
+    let addr = unsafe {
+        mmap(
+            std::ptr::null_mut(),
+            size_of::<T>(),
+            protection,
+            flags,
+            -1,
+            0,
+        )
+    };
+    assert_ne!(addr, MAP_FAILED, "mmap");
+    // SAFETY: It is zero, and never unmapped.
+    unsafe { &*addr.cast() }
+}
+
 const ERRNOS: usize = 160;
 
 /// Counts of answers.
@@ -159,21 +183,8 @@ pub struct Report {
 impl Report {
     /// Makes one that children share.
     pub fn new() -> &'static Self {
-        let (protection, flags) = (PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS);
-        // SAFETY: A new mapping.
-        let addr = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                size_of::<Self>(),
-                protection,
-                flags,
-                -1,
-                0,
-            )
-        };
-        assert_ne!(addr, MAP_FAILED, "mmap");
-        // SAFETY: It is zero, which is valid, and never unmapped.
-        unsafe { &*addr.cast() }
+        // SAFETY: Counts may be zero.
+        unsafe { shared() }
     }
 
     pub fn enter(&self, op: Op, answer: Answer) {

@@ -2,11 +2,12 @@
 //! The objects that the calls are about, and what is known of them.
 
 use crate::{
+    guide::Choices,
     memory::{Answer, Room, sys},
     report::{Op, Report},
 };
 use io_uring::IoUring;
-use rand::{RngExt, SeedableRng, rngs::SmallRng, seq::IndexedRandom};
+use rand::{RngExt, seq::IndexedRandom};
 use std::{
     fs,
     ops::Range,
@@ -121,7 +122,7 @@ pub struct Asked {
 }
 
 pub struct World {
-    pub random: SmallRng,
+    pub random: Choices,
     pub room: Room,
     pub report: &'static Report,
     pub sides: [Side; 2],
@@ -138,7 +139,7 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(seed: u64, report: &'static Report) -> Self {
+    pub fn new(random: Choices, report: &'static Report) -> Self {
         let pipe = rustix::pipe::pipe().expect("make a pipe");
         let null = fs::File::open("/dev/null").expect("open /dev/null");
         let others = vec![
@@ -150,7 +151,7 @@ impl World {
                 .expect("make an epoll"),
         ];
         let mut world = Self {
-            random: SmallRng::seed_from_u64(seed),
+            random,
             room: Room::new(),
             report,
             // The second one has handles that the first one never has.
@@ -582,6 +583,7 @@ impl World {
             self.add_queue(side, fd, false);
         }
         self.ring = IoUring::new(8).ok();
+        self.random.enter_child();
     }
 
     /// No region may be left that is not known, and no FD. Destroys all regions, or none.
