@@ -267,9 +267,8 @@ pub unsafe extern "C" fn ib_uverbs_mmu_queue_poll(
 ) -> bindings::__poll_t {
     // SAFETY: The caller owns a reference during this call.
     let queue = unsafe { borrow_queue(queue) };
-    // SAFETY: The caller promises that the file is valid during this call. `fdget_pos()` takes no
-    // `f_pos_lock` for it, but a stream has no position that the lock would protect: no system call
-    // accesses `f_pos`.
+    // SAFETY: The caller promises that the file is valid during this call, and a stream. So the
+    // rules about `fdget_pos` do not apply.
     let file = unsafe { File::from_raw_file(file) };
     // SAFETY: The caller promises that the table is null or valid.
     let table = unsafe { PollTable::from_raw(wait) };
