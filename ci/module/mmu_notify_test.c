@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * What the guest's tests need from inside of the kernel; not part of the series.
- * Each of four devices undoes what it did when its file is released:
+ * Each of five devices undoes what it did when its file is released:
  *
  * mmu_notify_hold holds an invalidation of the opener's mapping in flight. The
  *	mm serves interval notifiers before plain ones, and this is a plain one:
@@ -22,6 +22,11 @@
  *	query_ucontext, which adds nothing, and reg_user_mr_dmabuf, which fails
  *	with ENODATA. write() of the device's name, padded to IB_DEVICE_NAME_MAX,
  *	begins that, once. The device cannot be removed meanwhile.
+ *
+ * mmu_notify_device is an RDMA device of the name mmu_notify_test while its file
+ *	is open. It has device memory and registers dma-bufs, which no software
+ *	driver does, and uses neither. uverbs decides what a device can do when
+ *	the device is added, so these methods cannot be lent.
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -457,6 +462,162 @@ static const struct file_operations methods_fops = {
 	.write = methods_write,
 };
 
+/* mmu_notify_device */
+
+static int device_query_device(struct ib_device *device,
+			       struct ib_device_attr *attr,
+			       struct ib_udata *udata)
+{
+	return 0;
+}
+
+/* A port of no protocol, without GIDs and P_Keys. */
+static int device_query_port(struct ib_device *device, u32 port,
+			     struct ib_port_attr *attr)
+{
+	return 0;
+}
+
+static int device_get_port_immutable(struct ib_device *device, u32 port,
+				     struct ib_port_immutable *immutable)
+{
+	return 0;
+}
+
+static int device_alloc_ucontext(struct ib_ucontext *context,
+				 struct ib_udata *udata)
+{
+	return 0;
+}
+
+static void device_dealloc_ucontext(struct ib_ucontext *context)
+{
+}
+
+/*
+ * Without this method the release would wait for the files of uverbs, which
+ * the same task may have open.
+ */
+static void device_disassociate_ucontext(struct ib_ucontext *context)
+{
+}
+
+static int device_alloc_pd(struct ib_pd *pd, struct ib_udata *udata)
+{
+	return 0;
+}
+
+static int device_dealloc_pd(struct ib_pd *pd, struct ib_udata *udata)
+{
+	return 0;
+}
+
+static struct ib_dm *device_alloc_dm(struct ib_device *device,
+				     struct ib_ucontext *context,
+				     struct ib_dm_alloc_attr *attr,
+				     struct uverbs_attr_bundle *attrs)
+{
+	struct ib_dm *dm;
+
+	dm = kzalloc_obj(*dm);
+	return dm ?: ERR_PTR(-ENOMEM);
+}
+
+static int device_dealloc_dm(struct ib_dm *dm, struct uverbs_attr_bundle *attrs)
+{
+	kfree(dm);
+	return 0;
+}
+
+/* What the core does not set in an MR is zero. */
+static struct ib_mr *device_alloc_mr(void)
+{
+	struct ib_mr *mr;
+
+	mr = kzalloc_obj(*mr);
+	return mr ?: ERR_PTR(-ENOMEM);
+}
+
+static struct ib_mr *device_reg_dm_mr(struct ib_pd *pd, struct ib_dm *dm,
+				      struct ib_dm_mr_attr *attr,
+				      struct uverbs_attr_bundle *attrs)
+{
+	return device_alloc_mr();
+}
+
+static struct ib_mr *
+device_reg_user_mr_dmabuf(struct ib_pd *pd, u64 offset, u64 length,
+			  u64 virt_addr, int fd, int access,
+			  struct ib_dmah *dmah,
+			  struct uverbs_attr_bundle *attrs)
+{
+	return device_alloc_mr();
+}
+
+static int device_dereg_mr(struct ib_mr *mr, struct ib_udata *udata)
+{
+	kfree(mr);
+	return 0;
+}
+
+static const struct ib_device_ops device_ops = {
+	.owner = THIS_MODULE,
+	.driver_id = RDMA_DRIVER_UNKNOWN,
+	.uverbs_abi_ver = 1,
+	.query_device = device_query_device,
+	.query_port = device_query_port,
+	.get_port_immutable = device_get_port_immutable,
+	.alloc_ucontext = device_alloc_ucontext,
+	.dealloc_ucontext = device_dealloc_ucontext,
+	.disassociate_ucontext = device_disassociate_ucontext,
+	.alloc_pd = device_alloc_pd,
+	.dealloc_pd = device_dealloc_pd,
+	.alloc_dm = device_alloc_dm,
+	.dealloc_dm = device_dealloc_dm,
+	.reg_dm_mr = device_reg_dm_mr,
+	.reg_user_mr_dmabuf = device_reg_user_mr_dmabuf,
+	.dereg_mr = device_dereg_mr,
+	.size_ib_pd = sizeof(struct ib_pd),
+	.size_ib_ucontext = sizeof(struct ib_ucontext),
+};
+
+static int device_open(struct inode *inode, struct file *filp)
+{
+	struct ib_device *device;
+	int ret;
+
+	device = _ib_alloc_device(sizeof(*device), &init_net);
+	if (!device)
+		return -ENOMEM;
+	device->node_type = RDMA_NODE_UNSPECIFIED;
+	device->phys_port_cnt = 1;
+	ib_set_device_ops(device, &device_ops);
+
+	/* Fails if there is one of that name */
+	ret = ib_register_device(device, KBUILD_MODNAME, NULL);
+	if (ret) {
+		ib_dealloc_device(device);
+		return ret;
+	}
+	filp->private_data = device;
+	return 0;
+}
+
+static int device_release(struct inode *inode, struct file *filp)
+{
+	struct ib_device *device = filp->private_data;
+
+	ib_unregister_device(device);
+	ib_dealloc_device(device);
+	return 0;
+}
+
+static const struct file_operations device_fops = {
+	.owner = THIS_MODULE,
+	.open = device_open,
+	.release = device_release,
+};
+
 static struct miscdevice devices[] = {
 	{
 		.minor = MISC_DYNAMIC_MINOR,
@@ -477,6 +638,11 @@ static struct miscdevice devices[] = {
 		.minor = MISC_DYNAMIC_MINOR,
 		.name = "mmu_notify_methods",
 		.fops = &methods_fops,
+	},
+	{
+		.minor = MISC_DYNAMIC_MINOR,
+		.name = "mmu_notify_device",
+		.fops = &device_fops,
 	},
 };
 

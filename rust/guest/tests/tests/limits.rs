@@ -3,8 +3,19 @@
 
 use rustix::fs::MemfdFlags;
 use rustix::mm::MapFlags;
-use std::{io::Read, iter, os::unix::fs::FileExt, path::Path, thread, time::Instant};
-use uverbs_mmu_notify::{Event, Mr};
+use std::{
+    io::Read,
+    iter,
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::{
+        Barrier,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+use uverbs_mmu_notify::{Event, Mr, MrArgs};
 use uverbs_mmu_notify_tests::*;
 
 /// `count`, or a part of it on the debug kernel, which is slow.
@@ -18,6 +29,18 @@ fn timed<T>(what: &str, run: impl FnOnce() -> T) -> T {
     let result = run();
     eprintln!("{what}: {:?}", begin.elapsed());
     result
+}
+
+/// Makes a call again and again until `stop`, and prints how long the longest one took.
+fn longest(what: &str, stop: &AtomicBool, call: impl Fn()) {
+    let (mut longest, mut calls) = (Duration::ZERO, 0);
+    while !stop.load(Relaxed) {
+        let begin = Instant::now();
+        call();
+        longest = longest.max(begin.elapsed());
+        calls += 1;
+    }
+    eprintln!("meanwhile {what}: {calls} calls, the longest {longest:?}");
 }
 
 /// Deregisters. Each region must have had `expected` events.
@@ -84,7 +107,8 @@ fn regions() {
     });
 }
 
-/// G1: G4: G5: one change of a page that very many regions have is reported for each.
+/// G1: G4: G5: one change of a page that very many regions have is reported for each. Prints
+/// whom it delays.
 #[test]
 fn regions_of_one_page() {
     let count = many(10_000);
@@ -93,7 +117,28 @@ fn regions_of_one_page() {
     let watch = |n: usize| fixture.watch(map, n % 2..2 + n / 2 % 2, n as u64);
     let mrs: Vec<_> = (0..count).map(watch).collect();
     let what = format!("munmap() of a page of {count} regions");
-    timed(&what, || map.unmap(1..2));
+    let (faulted, mapped, plain) = (Map::new(1), Map::new(1), Map::new(1));
+    let plain = MrArgs::new(plain.at(0), PAGE);
+    let bystanders: [(&str, &(dyn Fn() + Sync)); 3] = [
+        ("a page is faulted in", &|| {
+            faulted.dont_need(0..1);
+            faulted.store(0, 0x11);
+        }),
+        ("a page is mapped", &|| mapped.map_over(0..1)),
+        ("a page is registered", &|| drop(reg(&fixture.pd, &plain))),
+    ];
+    let (stop, begun) = (&AtomicBool::new(false), &Barrier::new(4));
+    thread::scope(|scope| {
+        for (what, call) in bystanders {
+            scope.spawn(move || {
+                begun.wait();
+                longest(what, stop, call);
+            });
+        }
+        begun.wait();
+        timed(&what, || map.unmap(1..2));
+        stop.store(true, Relaxed);
+    });
     let events = timed("reading all", || read_all(&fixture.queue));
     let page = map.at(1) as u64..map.at(2) as u64;
     assert!(events.iter().all(|event| event.range == page), "ranges");

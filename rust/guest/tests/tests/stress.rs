@@ -3,7 +3,8 @@
 
 use std::{env, process::Command};
 
-/// How many. Each run makes others; see src/bin/stress for how to repeat one.
+/// How many, or UVERBS_STRESS_MINUTES says how long. Each run makes others; see src/bin/stress
+/// for how to repeat one.
 const OPERATIONS: &str = "9600";
 
 /// G1: G2: G3: G4: G5: G8: each change is reported for each region that it concerns, nothing
@@ -12,8 +13,11 @@ const OPERATIONS: &str = "9600";
 fn random_operations() {
     // Not env!(): the archive of the tests may be elsewhere than it was built.
     let program = env::var("NEXTEST_BIN_EXE_stress").expect("cargo-nextest sets it");
-    let status = Command::new(program)
-        .args(["operations", OPERATIONS])
-        .status();
+    let minutes = env::var("UVERBS_STRESS_MINUTES");
+    let limit = match &minutes {
+        Ok(minutes) => ["minutes", minutes],
+        Err(_) => ["operations", OPERATIONS],
+    };
+    let status = Command::new(program).args(limit).status();
     assert!(status.expect("run the program").success());
 }

@@ -330,27 +330,71 @@ fn lengths() {
     for form in FORMS {
         let fixture = Fixture::new();
         let map = Map::new(2);
-        let good = bytes(&reg_input(&fixture, &fixture.queue, map, 0..1));
-        let mut response = [0xff_u8; 64];
-        let full = size_of::<ib_uverbs_ex_reg_mr_notify_resp>();
-        let mut reg = |input: &[u8], room| {
-            let command = IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY;
-            let response = response.as_mut_ptr();
-            send(form, &fixture.context, command, input, response, room)
+        let mr = fixture.watch(map, 1..2, 8);
+        let destroy = ib_uverbs_ex_dereg_mr_notify {
+            mr_handle: mr.handle(),
+            ..Default::default()
         };
-        let short = &good[..good.len() - 8];
-        expect_errno(reg(short, full), Errno::NOSPC, "short request");
-        expect_errno(reg(&good, full - 8), Errno::NOSPC, "short response");
-        expect_errno(reg(&good, 0), Errno::NOSPC, "no response");
-        let longer = [&good[..], &[0, 0, 0, 1, 0, 0, 0, 0]].concat();
-        expect_errno(reg(&longer, full), Errno::OPNOTSUPP, "unknown members");
-        expect_no_regions();
+        let commands = [
+            (
+                IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY,
+                bytes(&ib_uverbs_ex_create_mmu_notify::default()),
+                size_of::<ib_uverbs_ex_create_mmu_notify_resp>(),
+            ),
+            (
+                IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY,
+                bytes(&reg_input(&fixture, &fixture.queue, map, 0..1)),
+                size_of::<ib_uverbs_ex_reg_mr_notify_resp>(),
+            ),
+            (
+                IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY,
+                bytes(&destroy),
+                size_of::<ib_uverbs_ex_dereg_mr_notify_resp>(),
+            ),
+        ];
+        let mut response = [0xff_u8; 64];
+        let at = response.as_mut_ptr();
+        let call =
+            |command, input: &[u8], room| send(form, &fixture.context, command, input, at, room);
+        let (queues, watches) = (counter_pages(), Watches::new());
+        for (command, good, full) in &commands {
+            let (command, full) = (*command, *full);
+            let errno = |result, errno, what| {
+                expect_errno(result, errno, &format!("{what}, {command:#x} by {form:?}"));
+            };
+            // INVOKE_WRITE wants four bytes at least.
+            let short = &good[..good.len() - 8];
+            let refused = match (form, short.len()) {
+                (Form::Invoke, 0) => Errno::INVAL,
+                _ => Errno::NOSPC,
+            };
+            errno(call(command, short, full), refused, "short request");
+            errno(
+                call(command, good, full - 8),
+                Errno::NOSPC,
+                "short response",
+            );
+            errno(call(command, good, 0), Errno::NOSPC, "no response");
+            let longer = [&good[..], &[0, 0, 0, 1, 0, 0, 0, 0]].concat();
+            errno(
+                call(command, &longer, full),
+                Errno::OPNOTSUPP,
+                "unknown members",
+            );
+        }
+        assert_eq!(counter_pages(), queues, "queues");
+        watches.expect_stopped(0);
 
         // Of a later version: what is unknown is zero both ways.
-        let longer = [&good[..], &[0; 8]].concat();
-        reg(&longer, full + 8).expect("longer request and response");
-        assert!(response[full..full + 8].iter().all(|&byte| byte == 0));
-        assert_eq!(response[full + 8], 0xff, "beyond the response");
+        for (command, good, full) in &commands {
+            let longer = [&good[..], &[0; 8]].concat();
+            call(*command, &longer, full + 8).expect("longer request and response");
+            assert!(response[*full..full + 8].iter().all(|&byte| byte == 0));
+            assert_eq!(response[full + 8], 0xff, "beyond the response");
+        }
+        // Of REG the one that starts, of DEREG the one that stops.
+        watches.expect_stopped(1);
+        mem::forget(mr);
     }
 }
 

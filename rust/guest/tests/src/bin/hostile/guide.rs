@@ -123,7 +123,7 @@ impl Kcov {
     fn start() -> Option<Self> {
         let path = "/sys/kernel/debug/kcov";
         let file = OpenOptions::new().read(true).write(true).open(path).ok()?;
-        // SAFETY: It allocates a buffer of so many words, for a mapping.
+        // SAFETY: It accesses no memory of this process.
         let ret = unsafe { libc::ioctl(file.as_raw_fd(), KCOV_INIT_TRACE.into(), Self::PLACES) };
         assert_eq!(ret, 0, "KCOV_INIT_TRACE");
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
@@ -131,10 +131,11 @@ impl Kcov {
         // SAFETY: A new mapping.
         let addr = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, fd, 0) };
         assert_ne!(addr, libc::MAP_FAILED, "mmap of KCOV");
-        // SAFETY: From now on the kernel writes places of this thread to the buffer.
-        let ret = unsafe { libc::ioctl(fd, KCOV_ENABLE.into(), 0) };
+        // SAFETY: From now on the kernel writes to the mapping only.
+        let ret = unsafe { libc::ioctl(fd, KCOV_ENABLE.into(), 0_u64) };
         assert_eq!(ret, 0, "KCOV_ENABLE");
-        // SAFETY: The mapping has so many words, and holds the file until the process ends.
+        // SAFETY: The mapping has so many words, all of which are accessed as atomics. It is never
+        // unmapped, and holds the file.
         Some(Self(unsafe {
             slice::from_raw_parts(addr.cast(), Self::PLACES)
         }))
@@ -166,7 +167,7 @@ impl Choices {
         let kcov = Kcov::start();
         assert!(
             kcov.is_some() || !guided,
-            "the kernel has no KCOV: scripts/build kcov"
+            "the kernel has no KCOV: the debug kernel has"
         );
         Self {
             random: SmallRng::seed_from_u64(seed),
@@ -180,7 +181,9 @@ impl Choices {
 
     /// This is a forked child, of which KCOV does not know.
     pub fn enter_child(&mut self) {
-        self.kcov = Kcov::start();
+        if self.kcov.is_some() {
+            self.kcov = Some(Kcov::start().expect("KCOV in the child"));
+        }
     }
 
     pub fn begin_step(&mut self) {

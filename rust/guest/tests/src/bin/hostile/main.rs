@@ -15,8 +15,8 @@
 //! `UVERBS_HOSTILE_SEED`. The device is soft-RoCE: others want more attributes.
 //!
 //! On a kernel with KCOV it counts what it reaches. With `UVERBS_HOSTILE_GUIDE=FILE` that
-//! guides it, see `guide.rs`. Then the seed is not enough to repeat an episode: `FILE` has the
-//! numbers of one that failed, for `UVERBS_HOSTILE_REPEAT`.
+//! guides it, see `guide.rs`. Then the seed is not enough to repeat an episode: `FILE` gets the
+//! numbers of one that failed, and `UVERBS_HOSTILE_REPEAT=FILE` takes them.
 
 mod files;
 mod guide;
@@ -81,34 +81,46 @@ fn main() {
     };
     println!("UVERBS_HOSTILE_SEED={seed}");
     let save = env::var_os("UVERBS_HOSTILE_GUIDE");
-    let repeated = env::var_os("UVERBS_HOSTILE_REPEAT").map(|path| {
+    let repeat = env::var_os("UVERBS_HOSTILE_REPEAT");
+    let repeated = repeat.as_ref().map(|path| {
         let numbers = fs::read(path).expect("read UVERBS_HOSTILE_REPEAT");
         let numbers = numbers.as_chunks().0.iter().copied();
         numbers.map(u64::from_ne_bytes).collect::<Vec<_>>()
     });
+    let guided = save.is_some() && repeated.is_none();
     let (report, guide) = (Report::new(), Guide::new());
+    let taint = taint();
     for (count, seed) in (1..).zip(seed..) {
-        if report.calls() >= calls || count > 1 && repeated.is_some() {
+        if report.calls() >= calls {
             break;
         }
         report.call.store(0, Relaxed);
         guide.clear();
         let given = repeated.clone().unwrap_or_default();
-        let choices = || Choices::new(seed, guide, save.is_some(), given);
+        let choices = || Choices::new(seed, guide, guided, given);
         let calls = (calls / 4).min(EPISODE);
-        if let Err(how) = supervise(|| episode(Role::of(seed), choices(), report, calls), report) {
+        let mut ended = supervise(|| episode(Role::of(seed), choices(), report, calls), report);
+        if ended.is_ok() && self::taint() != taint {
+            ended = Err("the kernel complains".to_owned());
+        }
+        if let Err(how) = ended {
             let call = report.call.load(Relaxed);
             println!("call {call} of the episode as {:?}: {how}", Role::of(seed));
-            let mut numbers = String::new();
-            if let Some(save) = &save {
-                fs::write(save, guide.numbers()).expect("write UVERBS_HOSTILE_GUIDE");
-                numbers = format!(" UVERBS_HOSTILE_REPEAT={}", save.display());
-            }
+            let file = repeat.as_ref().or(save.as_ref());
+            let numbers = file.map(|file| format!(" UVERBS_HOSTILE_REPEAT={}", file.display()));
+            let numbers = numbers.unwrap_or_default();
             println!(
                 "to repeat it: UVERBS_HOSTILE_SEED={seed}{numbers} hostile {}",
                 4 * calls
             );
+            if let (true, Some(save)) = (guided, save) {
+                fs::write(save, guide.numbers()).expect("write UVERBS_HOSTILE_GUIDE");
+            }
             std::process::exit(1);
+        }
+        if repeated.is_some() {
+            println!("the episode does not fail");
+            return;
         }
         if count % 50 == 0 {
             println!("{} calls", report.calls());
@@ -116,13 +128,18 @@ fn main() {
         }
     }
     report.print();
-    println!(
-        "{} episodes in a user name space",
-        report.name_spaces.load(Relaxed)
-    );
+    let name_spaces = report.name_spaces.load(Relaxed);
+    println!("{name_spaces} episodes in a user name space");
+    let can = fs::exists("/proc/self/ns/user").expect("look for user name spaces");
+    assert!(name_spaces > 0 || !can, "no episode in a user name space");
     guide.print();
     expect_no_regions();
     report.check();
+}
+
+/// What the kernel has complained about, but for what lockdep and such find.
+fn taint() -> String {
+    fs::read_to_string("/proc/sys/kernel/tainted").expect("read the taint of the kernel")
 }
 
 /// Runs an episode in a process of its own. An error says how that fails, or that it hangs.

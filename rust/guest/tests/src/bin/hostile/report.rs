@@ -149,7 +149,7 @@ impl Op {
 ///
 /// # Safety
 ///
-/// A `T` that is zero is valid.
+/// All bytes zero are a valid `T`.
 pub unsafe fn shared<T: Sync>() -> &'static T {
     let protection = PROT_READ | PROT_WRITE;
     let flags = MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE;
