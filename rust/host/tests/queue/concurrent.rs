@@ -1093,9 +1093,9 @@ fn partial_fault_stop() {
     assert_eq!(results, BTreeSet::from([(0, 1), (0, 2), (1, 1), (1, 2)]));
 }
 
-/// G4, G5, G8: an invalidation, a read whose buffer has room for a part only, a close, the end of a
-/// registration and of a watch, all at once.
-fn all_at_once(close: bool) -> BTreeSet<[u32; 2]> {
+/// G4, G5, G8: an invalidation, a read whose buffer has room for a part only, another invalidation,
+/// a close, the end of a registration and of a watch, all at once.
+fn all_at_once(invalidate: bool, close: bool) -> BTreeSet<[u32; 2]> {
     check::model(Some(2), move || {
         let setup = Setup::new();
         let watch = setup.live(0);
@@ -1108,10 +1108,11 @@ fn all_at_once(close: bool) -> BTreeSet<[u32; 2]> {
             })
         });
         let end = spawn(&setup, move |setup| {
+            if invalidate {
+                setup.unmap(MRS[1].clone());
+            }
             if close {
                 setup.queue.close();
-            } else {
-                setup.unmap(MRS[1].clone());
             }
         });
 
@@ -1145,15 +1146,23 @@ fn all_at_once(close: bool) -> BTreeSet<[u32; 2]> {
 #[test]
 fn all_at_once_with_close() {
     assert_eq!(
-        all_at_once(true),
+        all_at_once(false, true),
         BTreeSet::from([[0, 0], [0, 1], [1, 0], [1, 1]])
+    );
+}
+
+#[test]
+fn all_at_once_with_two_invalidations_and_close() {
+    assert_eq!(
+        all_at_once(true, true),
+        BTreeSet::from([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]])
     );
 }
 
 #[test]
 fn all_at_once_without_close() {
     assert_eq!(
-        all_at_once(false),
+        all_at_once(true, false),
         BTreeSet::from([[0, 1], [0, 2], [1, 1], [1, 2]])
     );
 }
