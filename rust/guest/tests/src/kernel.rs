@@ -17,7 +17,7 @@ use std::{
     io::{self, Read, Seek, SeekFrom},
     ops::Range,
     os::{
-        fd::AsFd,
+        fd::{AsFd, BorrowedFd},
         unix::fs::{FileExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
@@ -29,6 +29,7 @@ use std::{
     },
     thread::{self, JoinHandle},
 };
+use uverbs_mmu_notify::{Request, sys::uapi::*};
 
 /// Opens a device of the module.
 fn open(name: &str) -> File {
@@ -140,6 +141,57 @@ impl Methods {
         let this = Self(open("/dev/mmu_notify_methods"));
         command(&this.0, &[&padded(device)]);
         this
+    }
+}
+
+/// An RDMA device of the module's own, with device memory and dma-bufs, which no software
+/// driver has. libibverbs does not know its driver.
+pub struct OwnDevice {
+    uverbs: File,
+    _device: File,
+}
+
+impl OwnDevice {
+    /// Adds the device, for as long as this lives, and makes a context on it.
+    #[expect(clippy::new_without_default)]
+    pub fn new() -> Self {
+        let device = open("/dev/mmu_notify_device");
+        let is_it = |node: &PathBuf| {
+            fs::read_to_string(node.join("ibdev")).is_ok_and(|name| name == "mmu_notify_test\n")
+        };
+        let node = fs::read_dir("/sys/class/infiniband_verbs")
+            .expect("list the devices of uverbs")
+            .map(|node| node.expect("list the devices of uverbs").path())
+            .find(is_it)
+            .expect("uverbs has added the device");
+        let node = node.file_name().expect("the name of the device of uverbs");
+        let mut options = File::options();
+        let uverbs = options
+            .read(true)
+            .write(true)
+            .open(Path::new("/dev/infiniband").join(node));
+        let this = Self {
+            uverbs: uverbs.expect("open the device of uverbs"),
+            _device: device,
+        };
+        this.call(&mut Request::new(
+            UVERBS_OBJECT_DEVICE,
+            UVERBS_METHOD_GET_CONTEXT,
+        ))
+        .expect("GET_CONTEXT");
+        this
+    }
+
+    /// Makes a call in the context.
+    pub fn call(&self, request: &mut Request) -> io::Result<()> {
+        request.call(&self.uverbs, RDMA_DRIVER_UNKNOWN)
+    }
+}
+
+/// The uverbs file.
+impl AsFd for OwnDevice {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.uverbs.as_fd()
     }
 }
 

@@ -21,8 +21,8 @@ pub use cgroup::{Group, in_group};
 pub use device::{Device, device, expect_no_regions, run};
 pub use holder::{Holder, Kind, Work};
 pub use kernel::{
-    Contention, FailAllocation, FailingDereg, Hold, Injection, Methods, Ready, Reports, Stack,
-    Warnings, Watches, counter_pages, each_fault,
+    Contention, FailAllocation, FailingDereg, Hold, Injection, Methods, OwnDevice, Ready, Reports,
+    Stack, Warnings, Watches, counter_pages, each_fault,
 };
 pub use load::Load;
 pub use map::{Map, PAGE, memfd};

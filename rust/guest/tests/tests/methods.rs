@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Calls that need methods which no software driver has. The tests' module lends them to
-//! the device.
+//! the device, or has a device with them.
 
 use rustix::io::Errno;
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
 };
 use uverbs_mmu_notify::{Request, sys::uapi::*};
 use uverbs_mmu_notify_tests::*;
@@ -73,36 +73,43 @@ fn reg_mr_of_a_dmabuf() {
     fixture.expect_quiet(0, "registrations that failed");
 }
 
+/// Adds an input of four bytes, which are 0.
+fn zero(request: Request<'_>, id: u32) -> Request<'_> {
+    let attr = ib_uverbs_attr {
+        attr_id: id as u16,
+        len: 4,
+        flags: UVERBS_ATTR_F_MANDATORY as u16,
+        ..Default::default()
+    };
+    // SAFETY: Four bytes are in the attribute itself.
+    unsafe { request.raw(attr) }
+}
+
+/// A call of REG_DMABUF_MR. The FD is not looked at before the driver does.
+fn dmabuf_mr(pd: u32, iova: u64, length: u64, [lkey, rkey]: &mut [u32; 2]) -> Request<'_> {
+    let request = Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_REG_DMABUF_MR)
+        .object(UVERBS_ATTR_REG_DMABUF_MR_HANDLE, 0)
+        .object(UVERBS_ATTR_REG_DMABUF_MR_PD_HANDLE, pd.into())
+        .input(UVERBS_ATTR_REG_DMABUF_MR_OFFSET, 0)
+        .input(UVERBS_ATTR_REG_DMABUF_MR_LENGTH, length)
+        .input(UVERBS_ATTR_REG_DMABUF_MR_IOVA, iova)
+        .input(
+            UVERBS_ATTR_REG_DMABUF_MR_ACCESS_FLAGS,
+            IB_UVERBS_ACCESS_LOCAL_WRITE.into(),
+        )
+        .output(UVERBS_ATTR_REG_DMABUF_MR_RESP_LKEY, lkey)
+        .output(UVERBS_ATTR_REG_DMABUF_MR_RESP_RKEY, rkey);
+    zero(request, UVERBS_ATTR_REG_DMABUF_MR_FD)
+}
+
 /// Interface: REG_DMABUF_MR does not have the attributes.
 #[test]
 fn reg_dmabuf_mr() {
     let fixture = Fixture::new();
     let _methods = Methods::new(&device());
-    let (mut lkey, mut rkey) = (0_u32, 0_u32);
+    let mut keys = [0; 2];
     let mut call = |watched| {
-        let fd = ib_uverbs_attr {
-            attr_id: UVERBS_ATTR_REG_DMABUF_MR_FD as u16,
-            len: 4,
-            flags: UVERBS_ATTR_F_MANDATORY as u16,
-            ..Default::default()
-        };
-        let request = Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_REG_DMABUF_MR)
-            .object(UVERBS_ATTR_REG_DMABUF_MR_HANDLE, 0)
-            .object(
-                UVERBS_ATTR_REG_DMABUF_MR_PD_HANDLE,
-                fixture.pd.handle().into(),
-            )
-            .input(UVERBS_ATTR_REG_DMABUF_MR_OFFSET, 0)
-            .input(UVERBS_ATTR_REG_DMABUF_MR_LENGTH, PAGE as u64)
-            .input(UVERBS_ATTR_REG_DMABUF_MR_IOVA, 0)
-            .input(
-                UVERBS_ATTR_REG_DMABUF_MR_ACCESS_FLAGS,
-                IB_UVERBS_ACCESS_LOCAL_WRITE.into(),
-            )
-            .output(UVERBS_ATTR_REG_DMABUF_MR_RESP_LKEY, &mut lkey)
-            .output(UVERBS_ATTR_REG_DMABUF_MR_RESP_RKEY, &mut rkey);
-        // SAFETY: Four bytes are in the attribute itself.
-        let mut request = unsafe { request.raw(fd) };
+        let mut request = dmabuf_mr(fixture.pd.handle(), 0, PAGE as u64, &mut keys);
         if watched {
             request = notify(request, &fixture);
         }
@@ -111,4 +118,117 @@ fn reg_dmabuf_mr() {
     expect_errno(call(false), Errno::NODATA, "REG_DMABUF_MR, by the driver");
     let errno = Errno::PROTONOSUPPORT;
     expect_errno(call(true), errno, "REG_DMABUF_MR, watched");
+}
+
+/// Allocates a PD, and returns its handle.
+fn alloc_pd(device: &OwnDevice) -> u32 {
+    let mut pd = 0;
+    let mut request = Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INVOKE_WRITE)
+        .input(UVERBS_ATTR_WRITE_CMD, IB_USER_VERBS_CMD_ALLOC_PD.into())
+        .input(UVERBS_ATTR_CORE_IN, 0)
+        .output(UVERBS_ATTR_CORE_OUT, &mut pd);
+    device.call(&mut request).expect("ALLOC_PD");
+    pd
+}
+
+/// The iova and the length of a region.
+fn query(device: &OwnDevice, mr: u32) -> (u64, u64) {
+    let (mut lkey, mut rkey) = (0_u32, 0_u32);
+    let (mut iova, mut length) = (0_u64, 0_u64);
+    let mut request = Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_QUERY_MR)
+        .object(UVERBS_ATTR_QUERY_MR_HANDLE, mr.into())
+        .output(UVERBS_ATTR_QUERY_MR_RESP_LKEY, &mut lkey)
+        .output(UVERBS_ATTR_QUERY_MR_RESP_RKEY, &mut rkey)
+        .output(UVERBS_ATTR_QUERY_MR_RESP_LENGTH, &mut length)
+        .output(UVERBS_ATTR_QUERY_MR_RESP_IOVA, &mut iova);
+    device.call(&mut request).expect("QUERY_MR");
+    (iova, length)
+}
+
+/// How many regions the context has, up to two.
+fn regions(device: &OwnDevice) -> u32 {
+    let (mut count, mut handles) = (0_u32, 0_u64);
+    let mut request = Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INFO_HANDLES)
+        .input(UVERBS_ATTR_INFO_OBJECT_ID, UVERBS_OBJECT_MR.into())
+        .output(UVERBS_ATTR_INFO_TOTAL_HANDLES, &mut count)
+        .output(UVERBS_ATTR_INFO_HANDLES_LIST, &mut handles);
+    device.call(&mut request).expect("INFO_HANDLES");
+    count
+}
+
+/// Interface: QUERY_MR returns iova and length of a region by REG_DMABUF_MR.
+#[test]
+fn dmabuf_mr_has_iova_and_length() {
+    let device = OwnDevice::new();
+    let (iova, length) = (0x1234_0000_0000, 3 * PAGE as u64);
+    let mut keys = [0; 2];
+    let mut request = dmabuf_mr(alloc_pd(&device), iova, length, &mut keys);
+    device.call(&mut request).expect("REG_DMABUF_MR");
+    let mr = request.data(UVERBS_ATTR_REG_DMABUF_MR_HANDLE);
+    let mr = mr.expect("it was added above") as u32;
+    assert_eq!(query(&device, mr), (iova, length), "iova and length");
+}
+
+/// Interface: DM_MR_REG does not have the attributes. QUERY_MR returns the length of a
+/// region by it.
+#[test]
+fn dm_mr_reg() {
+    const DM_LENGTH: u64 = 4096;
+    const LENGTH: u64 = 1024;
+    let device = OwnDevice::new();
+    let watches = Watches::new();
+    let pd = alloc_pd(&device);
+
+    let request = Request::new(UVERBS_OBJECT_DM, UVERBS_METHOD_DM_ALLOC)
+        .object(UVERBS_ATTR_ALLOC_DM_HANDLE, 0)
+        .input(UVERBS_ATTR_ALLOC_DM_LENGTH, DM_LENGTH);
+    let mut request = zero(request, UVERBS_ATTR_ALLOC_DM_ALIGNMENT);
+    device.call(&mut request).expect("DM_ALLOC");
+    let dm = request.data(UVERBS_ATTR_ALLOC_DM_HANDLE);
+    let dm = dm.expect("it was added above") as i64;
+
+    let id = UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE;
+    let mut request =
+        Request::new(UVERBS_OBJECT_MMU_NOTIFY, UVERBS_METHOD_MMU_NOTIFY_ALLOC).object(id, 0);
+    device.call(&mut request).expect("make a queue");
+    let queue = request.data(id).expect("it was added above") as i32;
+    // SAFETY: The call has just made this FD for us.
+    let queue = unsafe { OwnedFd::from_raw_fd(queue) };
+
+    let reg = |fd: Option<i64>, cookie: Option<u64>| {
+        let (mut lkey, mut rkey) = (0_u32, 0_u32);
+        let mut request = Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_DM_MR_REG)
+            .object(UVERBS_ATTR_REG_DM_MR_HANDLE, 0)
+            .object(UVERBS_ATTR_REG_DM_MR_PD_HANDLE, pd.into())
+            .object(UVERBS_ATTR_REG_DM_MR_DM_HANDLE, dm)
+            .input(UVERBS_ATTR_REG_DM_MR_OFFSET, DM_LENGTH - LENGTH)
+            .input(UVERBS_ATTR_REG_DM_MR_LENGTH, LENGTH)
+            .input(
+                UVERBS_ATTR_REG_DM_MR_ACCESS_FLAGS,
+                (IB_UVERBS_ACCESS_LOCAL_WRITE | IB_UVERBS_ACCESS_ZERO_BASED).into(),
+            )
+            .output(UVERBS_ATTR_REG_DM_MR_RESP_LKEY, &mut lkey)
+            .output(UVERBS_ATTR_REG_DM_MR_RESP_RKEY, &mut rkey);
+        if let Some(fd) = fd {
+            request = request.object(UVERBS_ATTR_REG_MR_NOTIFY_FD, fd);
+        }
+        if let Some(cookie) = cookie {
+            request = request.input(UVERBS_ATTR_REG_MR_NOTIFY_COOKIE, cookie);
+        }
+        device.call(&mut request)?;
+        let mr = request.data(UVERBS_ATTR_REG_DM_MR_HANDLE);
+        Ok(mr.expect("it was added above") as u32)
+    };
+    let mr = reg(None, None).expect("DM_MR_REG");
+    assert_eq!(query(&device, mr).1, LENGTH, "length");
+
+    let fd = Some(queue.as_raw_fd().into());
+    for (fd, cookie) in [(fd, Some(7)), (fd, None), (None, Some(7))] {
+        expect_errno(reg(fd, cookie), Errno::PROTONOSUPPORT, "DM_MR_REG, watched");
+    }
+    assert_eq!(regions(&device), 1, "regions");
+    watches.expect_stopped(0);
+    let reported = destroy_handle_of(&device, RDMA_DRIVER_UNKNOWN, mr, 99);
+    assert_eq!(reported, 0, "events reported");
+    assert_eq!(regions(&device), 0, "regions then");
 }
