@@ -352,10 +352,12 @@ fn lengths() {
                 size_of::<ib_uverbs_ex_dereg_mr_notify_resp>(),
             ),
         ];
-        let mut response = [0xff_u8; 64];
-        let at = response.as_mut_ptr();
-        let call =
-            |command, input: &[u8], room| send(form, &fixture.context, command, input, at, room);
+        let call = |command, input: &[u8], room| {
+            let mut response = [0xff_u8; 64];
+            let at = response.as_mut_ptr();
+            send(form, &fixture.context, command, input, at, room)?;
+            Ok(response)
+        };
         let (queues, watches) = (counter_pages(), Watches::new());
         for (command, good, full) in &commands {
             let (command, full) = (*command, *full);
@@ -388,7 +390,8 @@ fn lengths() {
         // Of a later version: what is unknown is zero both ways.
         for (command, good, full) in &commands {
             let longer = [&good[..], &[0; 8]].concat();
-            call(*command, &longer, full + 8).expect("longer request and response");
+            let response = call(*command, &longer, full + 8);
+            let response = response.expect("longer request and response");
             assert!(response[*full..full + 8].iter().all(|&byte| byte == 0));
             assert_eq!(response[full + 8], 0xff, "beyond the response");
         }
