@@ -14,14 +14,20 @@ pub fn device() -> String {
 /// [`device`] must have no region left.
 #[track_caller]
 pub fn expect_no_regions() {
+    expect_regions(0);
+}
+
+/// [`device`] must have so many regions.
+#[track_caller]
+pub fn expect_regions(count: usize) {
     let shown = Command::new("rdma")
         .args(["resource", "show", &device()])
         .output()
         .expect("run rdma");
     let shown = String::from_utf8_lossy(&shown.stdout);
     assert!(
-        shown.contains(" mr 0 "),
-        "expected no MR to be left: {shown}"
+        shown.contains(&format!(" mr {count} ")),
+        "expected {count} MRs: {shown}"
     );
 }
 

@@ -360,6 +360,9 @@ impl Injection {
     }
 }
 
+/// How often a call is made with the same fault, unless that makes it fail.
+const TRIES: u32 = 3;
+
 /// Runs `once` with the first fault of a kind that its call of [`Injection::inject`] can have,
 /// with the second one, and so on, until there is none left. Returns how many made the call
 /// fail. Allocations by vmalloc are left out.
@@ -369,22 +372,30 @@ pub fn each_fault(what: &str, mut once: impl FnMut(&mut Injection)) -> u32 {
     // It would report its failure, which is a splat.
     let vmalloc = VMALLOC.get_or_init(|| function("__vmalloc_node_range_noprof"));
     let (mut injected, mut failed) = (0, 0);
-    // What the allocators allocate for themselves differs from call to call. Counted together
-    // with the rest, it would let a call skip a fault.
     for kind in FAULTS {
         set_up_faults(&[kind], vmalloc.clone());
         for nth in 1.. {
-            let mut fault = Injection {
-                nth,
-                reached: false,
-                failed: false,
-            };
-            once(&mut fault);
-            if !fault.reached {
+            let (mut reached, mut fails) = (false, false);
+            // What the allocators allocate for themselves differs from call to call, so one call
+            // may not have the fault of another. A few calls seldom all miss it.
+            for _ in 0..TRIES {
+                let mut fault = Injection {
+                    nth,
+                    reached: false,
+                    failed: false,
+                };
+                once(&mut fault);
+                reached |= fault.reached;
+                fails |= fault.failed;
+                if fails {
+                    break;
+                }
+            }
+            if !reached {
                 break;
             }
             injected += 1;
-            failed += u32::from(fault.failed);
+            failed += u32::from(fails);
         }
     }
     eprintln!("{what}: {injected} faults, of which {failed} made it fail");

@@ -18,7 +18,7 @@ mod scm_rights;
 mod userfault;
 
 pub use cgroup::{Group, in_group};
-pub use device::{Device, device, expect_no_regions, run};
+pub use device::{Device, device, expect_no_regions, expect_regions, run};
 pub use holder::{Holder, Kind, Work};
 pub use kernel::{
     Contention, FailAllocation, FailingDereg, Hold, Injection, Methods, OwnDevice, Ready, Reports,

@@ -3,13 +3,14 @@
 //! 32-bit processes.
 
 use rustix::{
+    fs::MemfdFlags,
     mm::{MapFlags, ProtFlags, mmap},
     param::page_size,
 };
 use std::{
     process::Command,
     ptr,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     thread,
 };
 use uverbs_mmu_notify_tests::*;
@@ -50,21 +51,32 @@ fn in_halves(low: &AtomicU32, high: &AtomicU32) -> u64 {
 /// long to get there.
 #[test]
 fn high_half_advances() {
-    let counter = AtomicU64::new(0);
-    let halves = (&raw const counter).cast::<AtomicU32>();
-    // SAFETY: Both halves are aligned, and only accessed as atomics.
+    const READS: usize = 200_000;
+    // Two mappings, since an atomic may not be accessed in two sizes at once.
+    let file = memfd(1, MemfdFlags::empty());
+    let [whole, halves] = [0, 1].map(|_| Map::of_file(&file, 1, MapFlags::SHARED).at(0));
+    // SAFETY: The maps stay, and all that is there are atomics.
+    let counter = unsafe { &*whole.cast::<AtomicU64>() };
+    let halves = halves.cast::<AtomicU32>();
+    // SAFETY: As above.
     let [low, high] = [0, 1].map(|half| unsafe { &*halves.add(half) });
+    let stop = AtomicBool::new(false);
     thread::scope(|scope| {
-        let counting = scope.spawn(|| {
-            for _ in 0..1_000_000 {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
                 counter.fetch_add(0x5000_0001, Ordering::Release);
             }
         });
-        while !counting.is_finished() {
+        for _ in 0..READS {
             let before = counter.load(Ordering::Acquire);
             let read = in_halves(low, high);
-            assert!((before..=counter.load(Ordering::Acquire)).contains(&read));
+            let after = counter.load(Ordering::Acquire);
+            if !(before..=after).contains(&read) {
+                stop.store(true, Ordering::Relaxed);
+                panic!("{read:#x} is not in {before:#x}..={after:#x}");
+            }
         }
+        stop.store(true, Ordering::Relaxed);
     });
 }
 

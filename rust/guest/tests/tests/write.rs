@@ -386,6 +386,7 @@ fn lengths() {
         }
         assert_eq!(counter_pages(), queues, "queues");
         watches.expect_stopped(0);
+        expect_regions(1);
 
         // Of a later version: what is unknown is zero both ways.
         for (command, good, full) in &commands {

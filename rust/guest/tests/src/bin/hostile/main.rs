@@ -83,6 +83,10 @@ fn main() {
     let save = env::var_os("UVERBS_HOSTILE_GUIDE");
     let repeat = env::var_os("UVERBS_HOSTILE_REPEAT");
     let repeated = repeat.as_ref().map(|path| {
+        assert!(
+            env::var_os("UVERBS_HOSTILE_SEED").is_some(),
+            "UVERBS_HOSTILE_REPEAT needs UVERBS_HOSTILE_SEED"
+        );
         let numbers = fs::read(path).expect("read UVERBS_HOSTILE_REPEAT");
         let numbers = numbers.as_chunks().0.iter().copied();
         numbers.map(u64::from_ne_bytes).collect::<Vec<_>>()
@@ -137,7 +141,7 @@ fn main() {
     report.check();
 }
 
-/// What the kernel has complained about, but for what lockdep and such find.
+/// What the kernel has complained about: kinds, without those of lockdep and such.
 fn taint() -> String {
     fs::read_to_string("/proc/sys/kernel/tainted").expect("read the taint of the kernel")
 }
