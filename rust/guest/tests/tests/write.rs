@@ -330,9 +330,10 @@ fn lengths() {
     for form in FORMS {
         let fixture = Fixture::new();
         let map = Map::new(2);
-        let mr = fixture.watch(map, 1..2, 8);
+        let other = reg_input(&fixture, &fixture.queue, map, 1..2);
+        let other = reg_mr(form, &fixture, &other).expect("register");
         let destroy = ib_uverbs_ex_dereg_mr_notify {
-            mr_handle: mr.handle(),
+            mr_handle: other.mr_handle,
             ..Default::default()
         };
         let commands = [
@@ -398,7 +399,6 @@ fn lengths() {
         }
         // Of REG the one that starts, of DEREG the one that stops.
         watches.expect_stopped(1);
-        mem::forget(mr);
     }
 }
 
