@@ -509,7 +509,13 @@ impl World {
                         ..command
                     });
                 match (answer, command) {
-                    (Ok(_), Some(command)) => self.after_command(call.side, &command, call),
+                    (Ok(_), Some(command)) => {
+                        // A long response may reach over the request, where it is marked.
+                        let (_, attr) = response.expect("there is a command with it");
+                        let mark = attr + offset_of!(ib_uverbs_attr, flags) as u64;
+                        let mark = self.room.addr(mark as usize);
+                        self.after_command(call.side, &command, Some(mark), call);
+                    }
                     (Ok(_), None) => ensure!(false, call, "accepted no response"),
                     (Err(libc::EFAULT), Some(command)) => {
                         self.after_fault(call.side, &command, call)
@@ -658,7 +664,13 @@ impl World {
     }
 
     /// A command has succeeded.
-    fn after_command(&mut self, side: usize, command: &Command, call: &dyn std::fmt::Debug) {
+    fn after_command(
+        &mut self,
+        side: usize,
+        command: &Command,
+        mark: Option<u64>,
+        call: &dyn std::fmt::Debug,
+    ) {
         let Command { response, out, .. } = *command;
         let full = Command::response_len(command.number);
         ensure!(
@@ -678,7 +690,8 @@ impl World {
         let word = |n: u64| self.room.u32(response + 4 * n);
         let last = full / 4 - 1;
         let header = word(0) == 0 && u64::from(word(1)) == full && word(last) == 0;
-        let rest = (full / 4..out / 4).all(|n| word(n) == 0);
+        let marked = |n: u64| mark.is_some_and(|mark| (response + 4 * n).abs_diff(mark) < 4);
+        let rest = (full / 4..out / 4).all(|n| word(n) == 0 || marked(n));
         ensure!(
             header && rest,
             call,
@@ -804,7 +817,7 @@ impl World {
                 let known = len - 24 - command.extra.len();
                 ensure!(known <= core, written, "accepted a short request");
                 command.extra.truncate(core - known);
-                self.after_command(side, &command, &written);
+                self.after_command(side, &command, None, &written);
             }
             Err(libc::EFAULT) => self.after_fault(side, &sent(&written), &written),
             Err(_) => (),
