@@ -140,7 +140,7 @@ fn function(text: &[&str], line: usize) -> String {
         if let Some((_, name)) = text.split_once("fn ") {
             return word(name);
         }
-        if text.starts_with(|c: char| c.is_alphabetic())
+        if text.starts_with(|c: char| c.is_alphabetic() || c == '_')
             && let Some((before, after)) = text.split_once('(')
             && !text.ends_with(';')
         {
