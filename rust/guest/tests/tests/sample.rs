@@ -8,6 +8,7 @@ use rustix::{
     param::page_size,
 };
 use std::{
+    hint,
     process::Command,
     ptr,
     sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -40,6 +41,8 @@ fn program_of_uapi_md() {
 fn in_halves(low: &AtomicU32, high: &AtomicU32) -> u64 {
     loop {
         let before = high.load(Ordering::Acquire);
+        // Long enough for a carry. Without the second look it would be seen.
+        (0..20).for_each(|_| hint::spin_loop());
         let low = low.load(Ordering::Acquire);
         if before == high.load(Ordering::Acquire) {
             return u64::from(before) << 32 | u64::from(low);
@@ -51,7 +54,7 @@ fn in_halves(low: &AtomicU32, high: &AtomicU32) -> u64 {
 /// long to get there.
 #[test]
 fn high_half_advances() {
-    const READS: usize = 200_000;
+    const READS: usize = 20_000;
     // Two mappings, since an atomic may not be accessed in two sizes at once.
     let file = memfd(1, MemfdFlags::empty());
     let [whole, halves] = [0, 1].map(|_| Map::of_file(&file, 1, MapFlags::SHARED).at(0));
@@ -64,7 +67,7 @@ fn high_half_advances() {
     thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                counter.fetch_add(0x5000_0001, Ordering::Release);
+                counter.fetch_add(0x1000_0001, Ordering::Release);
             }
         });
         for _ in 0..READS {
