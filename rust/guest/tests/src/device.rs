@@ -6,9 +6,11 @@ use std::{
     process::{Child, Command},
 };
 
+const DEVICE: &str = "UVERBS_TEST_DEVICE";
+
 /// The name of the device to test: `UVERBS_TEST_DEVICE`, or the soft-RoCE one.
 pub fn device() -> String {
-    env::var("UVERBS_TEST_DEVICE").unwrap_or_else(|_| "rxe0".to_owned())
+    env::var(DEVICE).unwrap_or_else(|_| "rxe0".to_owned())
 }
 
 /// [`device`] must have no region left.
@@ -68,6 +70,16 @@ impl Drop for Device {
     fn drop(&mut self) {
         run(&format!("ip link delete {}", self.0));
     }
+}
+
+/// Runs the program src/bin/stress, which must succeed, on a device.
+#[track_caller]
+pub fn stress(device: &str, arguments: &[&str]) {
+    // Not env!(): the archive of the tests may be elsewhere than it was built.
+    let program = env::var("NEXTEST_BIN_EXE_stress").expect("cargo-nextest sets it");
+    let mut command = Command::new(program);
+    let status = command.args(arguments).env(DEVICE, device).status();
+    assert!(status.expect("run the program").success());
 }
 
 fn command(line: &str) -> Command {

@@ -18,7 +18,7 @@ mod scm_rights;
 mod userfault;
 
 pub use cgroup::{Group, in_group};
-pub use device::{Device, device, expect_no_regions, expect_regions, run};
+pub use device::{Device, device, expect_no_regions, expect_regions, run, stress};
 pub use holder::{Holder, Kind, Work};
 pub use kernel::{
     Contention, FailAllocation, FailingDereg, Hold, Injection, Methods, OwnDevice, Ready, Reports,
@@ -279,19 +279,29 @@ impl Peer {
 
     /// RDMA-writes one byte to `addr` of the region of `rkey`.
     pub fn write(&self, addr: *const u8, rkey: u32, byte: u8) -> ibv_wc_status {
+        self.try_write(addr, rkey, byte)
+            .expect("post an RDMA write")
+    }
+
+    /// The same, but the device may be gone.
+    pub fn try_write(&self, addr: *const u8, rkey: u32, byte: u8) -> io::Result<ibv_wc_status> {
         self.source.store(0, byte);
         let local = Location::new(self.source.at(0), self.mr.lkey());
-        self.pair
-            .write(local, Location::new(addr, rkey), 1)
-            .expect("post an RDMA write")
+        self.pair.write(local, Location::new(addr, rkey), 1)
     }
 
     /// RDMA-reads the byte at `addr` of the region of `rkey`, which must succeed.
     pub fn read(&self, addr: *const u8, rkey: u32) -> u8 {
+        let (status, byte) = self.try_read(addr, rkey).expect("post an RDMA read");
+        assert_eq!(status, IBV_WC_SUCCESS);
+        byte
+    }
+
+    /// The same, but it may fail, or the device be gone.
+    pub fn try_read(&self, addr: *const u8, rkey: u32) -> io::Result<(ibv_wc_status, u8)> {
         let local = Location::new(self.source.at(0), self.mr.lkey());
-        let read = self.pair.read(local, Location::new(addr, rkey), 1);
-        assert_eq!(read.expect("post an RDMA read"), IBV_WC_SUCCESS);
-        self.source.load(0)
+        let status = self.pair.read(local, Location::new(addr, rkey), 1)?;
+        Ok((status, self.source.load(0)))
     }
 }
 

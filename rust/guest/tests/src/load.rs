@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Threads that use a device until it, or their context, is gone.
+//! Threads that use a device until their context is closed.
 
 use crate::{Fixture, Map, process::within, try_reg};
 use rustix::{event::PollFlags, io::Errno};
 use std::{
-    io, mem,
+    io,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -28,40 +28,34 @@ struct Shared {
     blocking: NotifyQueue,
     /// Where the regions are that live as long as the load.
     map: Map,
-    /// What ends each thread.
-    end: Errno,
     ended: AtomicBool,
     /// How often each thread has done its work.
     done: [AtomicUsize; THREADS],
-    read: AtomicUsize,
 }
 
 /// The threads.
 pub struct Load {
     shared: Arc<Shared>,
-    /// Each returns the sum of the counts of its regions.
-    threads: Vec<JoinHandle<usize>>,
+    threads: Vec<JoinHandle<()>>,
     mrs: Vec<Mr>,
 }
 
 impl Load {
     /// Starts threads that use a device, of which some register, one changes the mapping, some
-    /// read and some poll, until `end`. Returns when each is at work.
-    pub fn new(device: &str, end: Errno) -> Self {
+    /// read and some poll. Returns when each is at work.
+    pub fn new(device: &str) -> Self {
         let fixture = Fixture::on(device);
         let blocking = NotifyQueue::alloc(&fixture.context).expect("make a queue");
         let shared = Arc::new(Shared {
             fixture,
             blocking,
             map: Map::new(REGIONS),
-            end,
             ended: AtomicBool::new(false),
             done: Default::default(),
-            read: AtomicUsize::new(0),
         });
         let watch = |page: usize| shared.watch(shared.map, page).expect("register");
         let mrs = (0..REGIONS).map(watch).collect();
-        let works: [fn(&Shared, usize) -> usize; THREADS] = [
+        let works: [fn(&Shared, usize); THREADS] = [
             Shared::own,
             Shared::own,
             Shared::wait_in_read,
@@ -70,7 +64,7 @@ impl Load {
             Shared::wait_in_poll,
             Shared::change,
         ];
-        let spawn = |(nth, work): (usize, fn(&Shared, usize) -> usize)| {
+        let spawn = |(nth, work): (usize, fn(&Shared, usize))| {
             let shared = shared.clone();
             thread::spawn(move || work(&shared, nth))
         };
@@ -96,22 +90,14 @@ impl Load {
         context.disconnect().expect("close the context");
     }
 
-    /// All threads must end. If it is by the removal of the device, each region can still be
-    /// deregistered, and the counts are those of all events.
+    /// All threads must end.
     #[track_caller]
-    pub fn join(mut self) {
-        let threads = mem::take(&mut self.threads).into_iter();
-        let counted: usize = within("a thread of the load", || {
-            threads.map(|thread| thread.join().expect("a thread")).sum()
+    pub fn join(self) {
+        let threads = self.threads.into_iter();
+        within("a thread of the load", || {
+            threads.for_each(|thread| thread.join().expect("a thread"));
         });
-        let kept: usize = mem::take(&mut self.mrs)
-            .into_iter()
-            .map(|mr| self.shared.deregister(mr))
-            .sum();
-        if self.shared.end == Errno::IO {
-            let read = self.shared.read.load(Ordering::Relaxed);
-            assert_eq!(counted + kept, read, "events counted, and read");
-        }
+        self.mrs.into_iter().for_each(deregister);
     }
 }
 
@@ -129,7 +115,7 @@ impl Shared {
     #[track_caller]
     fn is_end<T>(&self, result: &io::Result<T>) -> bool {
         let Err(e) = result else { return false };
-        assert_eq!(Errno::from_io_error(e), Some(self.end), "{e}");
+        assert_eq!(Errno::from_io_error(e), Some(Errno::NOTTY), "{e}");
         self.ended.store(true, Ordering::Release);
         true
     }
@@ -138,45 +124,29 @@ impl Shared {
         self.done[nth].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Returns the count.
-    fn deregister(&self, mut mr: Mr) -> usize {
-        match mr.destroy() {
-            // The context has taken the region with it.
-            Err(e) if self.end != Errno::IO && Errno::from_io_error(&e) == Some(self.end) => 0,
-            reported => reported.expect("deregister") as usize,
-        }
-    }
-
     /// Registers and deregisters.
-    fn own(&self, nth: usize) -> usize {
+    fn own(&self, nth: usize) {
         let map = Map::new(2);
-        let mut counted = 0;
         loop {
             let mrs = [self.watch(map, 0), self.watch(map, 1)];
             map.map_over(0..2);
             let ended = mrs.iter().any(|mr| self.is_end(mr));
-            let mrs = mrs.into_iter().flatten();
-            counted += mrs.map(|mr| self.deregister(mr)).sum::<usize>();
+            mrs.into_iter().flatten().for_each(deregister);
             if ended {
-                return counted;
+                return;
             }
             self.done(nth);
         }
     }
 
-    fn wait_in_read(&self, nth: usize) -> usize {
+    fn wait_in_read(&self, nth: usize) {
         let mut events = [Event::default(); 3];
-        loop {
-            let read = self.blocking.read(&mut events);
-            if self.is_queue_end(&read) {
-                return 0;
-            }
-            self.read.fetch_add(read.unwrap_or(0), Ordering::Relaxed);
+        while !self.is_queue_end(&self.blocking.read(&mut events)) {
             self.done(nth);
         }
     }
 
-    fn wait_in_poll(&self, nth: usize) -> usize {
+    fn wait_in_poll(&self, nth: usize) {
         let queue = &self.fixture.queue;
         let mut events = [Event::default(); 3];
         loop {
@@ -191,10 +161,9 @@ impl Shared {
             if self.is_queue_end(&read) {
                 let ready = queue.poll(None).expect("poll()");
                 assert_eq!(ready, PollFlags::ERR, "poll() at the end");
-                return 0;
+                return;
             }
             assert_eq!(ready, PollFlags::IN, "poll()");
-            self.read.fetch_add(read.unwrap_or(0), Ordering::Relaxed);
             self.done(nth);
         }
     }
@@ -208,12 +177,23 @@ impl Shared {
     }
 
     /// Changes the mapping under the regions that live as long as the load.
-    fn change(&self, nth: usize) -> usize {
+    fn change(&self, nth: usize) {
         while !self.ended.load(Ordering::Acquire) {
             self.map.map_over(0..REGIONS);
             self.done(nth);
         }
         self.map.map_over(0..REGIONS);
-        0
+    }
+}
+
+fn deregister(mut mr: Mr) {
+    let result = mr.destroy();
+    // The context may have taken the region with it.
+    if let Err(e) = result {
+        assert_eq!(
+            Errno::from_io_error(&e),
+            Some(Errno::NOTTY),
+            "deregister: {e}"
+        );
     }
 }

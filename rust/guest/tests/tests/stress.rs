@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Random operations, which src/bin/stress makes and checks, on the whole interface at once.
 
-use std::{env, process::Command};
+use std::env;
+use uverbs_mmu_notify_tests::*;
 
 /// How many, or UVERBS_STRESS_MINUTES says how long. Each run makes others; see src/bin/stress
 /// for how to repeat one.
@@ -11,13 +12,10 @@ const OPERATIONS: &str = "9600";
 /// else is reported as unmapped, and each event is read once and counted.
 #[test]
 fn random_operations() {
-    // Not env!(): the archive of the tests may be elsewhere than it was built.
-    let program = env::var("NEXTEST_BIN_EXE_stress").expect("cargo-nextest sets it");
     let minutes = env::var("UVERBS_STRESS_MINUTES");
     let limit = match &minutes {
         Ok(minutes) => ["minutes", minutes],
         Err(_) => ["operations", OPERATIONS],
     };
-    let status = Command::new(program).args(limit).status();
-    assert!(status.expect("run the program").success());
+    stress(&device(), &limit);
 }

@@ -2,9 +2,13 @@
 //! G8: the kernel modules can be unloaded.
 
 use rustix::io::Errno;
-use std::{env, path::Path, process::Command, thread};
+use std::{env, path::Path, process::Command};
 use uverbs_mmu_notify::{Event, Mr};
 use uverbs_mmu_notify_tests::*;
+
+/// Under load this removes the devices, but with lockdep their sockets keep the module loaded.
+const REMOVE: &str = "rmmod rdma_rxe ||
+    { rdma link delete rxe0 && rdma link delete gone5 && until rmmod rdma_rxe; do :; done; }";
 
 const MODULES: [&str; 4] = ["rdma_rxe", "siw", "ib_uverbs", "ib_core"];
 
@@ -44,7 +48,7 @@ fn used() -> (Fixture, Map, Mr) {
     (fixture, map, mr)
 }
 
-/// G8: the modules can be unloaded as soon as everything is closed, also by threads that were
+/// G8: the modules can be unloaded as soon as everything is closed, also by processes that were
 /// at work when the device went, but not while a queue is open. They can be loaded again.
 #[test]
 fn modules_are_unloaded() {
@@ -60,18 +64,7 @@ fn modules_are_unloaded() {
     } = fixture;
     drop((mr, page, pd, context));
     let device = Device::new("gone5", "rxe");
-    let load = Load::new(device.name(), Errno::IO);
-    // Under the load it removes the devices, but with lockdep their sockets keep it loaded.
-    let unloaded = within("unloading under load", || unload("rdma_rxe"));
-    if !unloaded {
-        run("rdma link delete rxe0");
-        device.remove();
-    }
-    let load = thread::spawn(|| load.join());
-    within("unloading rdma_rxe", || {
-        while !unloaded && !unload("rdma_rxe") {}
-    });
-    load.join().expect("the load");
+    stress(device.name(), &["removal", "sh", "-c", REMOVE]);
     drop(device);
     assert!(unload("siw"), "unload siw");
     assert!(

@@ -105,17 +105,18 @@ fn waits_for_the_last_file_and_mapping() {
     assert!(status.success(), "rdma link delete: {status}");
 }
 
-/// G5: G6: G8: the device is removed while threads register, change the mapping, read and
-/// poll. Each gets EIO.
+/// G1: G5: G6: G8: the device is removed while processes do all that they can at random. Each
+/// gets EIO, and deregistration returns the counts.
 #[test]
 fn removed_under_load() {
     let device = Device::new("gone2", "rxe");
-    let load = Load::new(device.name(), Errno::IO);
-    within("the removal", || device.remove());
-    load.join();
+    stress(
+        device.name(),
+        &["removal", "rdma", "link", "delete", device.name()],
+    );
 }
 
-/// G5: G6: G8: the same for the network device, which takes the RDMA device with it. Both
+/// G1: G5: G6: G8: the same for the network device, which takes the RDMA device with it. Both
 /// can be made again.
 #[test]
 fn network_removed_under_load() {
@@ -124,8 +125,7 @@ fn network_removed_under_load() {
         run("ip link set gone3 up");
         run("rdma link add gone3 type rxe netdev gone3");
     };
-    let remove = || {
-        within("the removal", || run("ip link delete gone3"));
+    let expect_removed = || {
         within("the end of the RDMA device", || {
             while Path::new("/sys/class/infiniband/gone3").exists() {
                 thread::yield_now();
@@ -133,12 +133,12 @@ fn network_removed_under_load() {
         });
     };
     make();
-    let load = Load::new("gone3", Errno::IO);
-    remove();
-    load.join();
+    stress("gone3", &["removal", "ip", "link", "delete", "gone3"]);
+    expect_removed();
     make();
     drop(Fixture::on("gone3"));
-    remove();
+    run("ip link delete gone3");
+    expect_removed();
 }
 
 /// G6: G8: a device that waits for its users is removed while they are at work, and their
@@ -146,7 +146,7 @@ fn network_removed_under_load() {
 #[test]
 fn closed_under_load() {
     let device = Device::new("held1", "siw");
-    let load = Load::new(device.name(), Errno::NOTTY);
+    let load = Load::new(device.name());
     let mut removal = device.begin_removal();
     expect_held(&mut removal, "the load");
     load.disconnect();

@@ -10,6 +10,8 @@ use rustix::io::Errno;
 use std::{ffi::CStr, hint, io, ptr, sync::Arc};
 
 const PORT: u8 = 1;
+/// How often to look for a completion before asking whether there still is a device.
+const SPINS: u64 = 1 << 16;
 
 /// Where a work request reads or writes.
 #[derive(Clone, Copy, Debug)]
@@ -130,20 +132,27 @@ impl QpPair {
         self.wait()
     }
 
-    /// Waits for the completion of what was posted last, and returns its status.
+    /// Waits for the completion of what was posted last, and returns its status. `EIO` if the
+    /// device is gone.
     pub fn wait(&self) -> io::Result<ibv_wc_status> {
         let (cq, mut wc) = (self.cq.as_ptr(), ibv_wc::default());
         // SAFETY: The CQ is valid, and so is its context.
         let poll_cq = unsafe { (*(*cq).context).ops.poll_cq }.ok_or(Errno::OPNOTSUPP)?;
-        // The transport's own timeout ends this in any case.
-        loop {
+        // The transport's own timeout ends this, unless the device is removed.
+        for spins in 1_u64.. {
             // SAFETY: As above; there is room for one completion.
             match unsafe { poll_cq(cq, 1, &mut wc) } {
+                0 if spins.is_multiple_of(SPINS) => {
+                    let mut port = ibv_port_attr::default();
+                    // SAFETY: The context is open, and `port` may be written.
+                    check(unsafe { ibv_query_port((*cq).context, PORT, (&raw mut port).cast()) })?;
+                }
                 0 => hint::spin_loop(),
                 1 => return Ok(wc.status),
                 _ => return Err(Errno::IO.into()),
             }
         }
+        unreachable!("so many spins take centuries");
     }
 
     /// libibverbs' own QP, for calls that this crate does not wrap.

@@ -2,17 +2,20 @@
 //! Processes whose threads register, deregister, change mappings and a common file, fork,
 //! read and use RDMA at random. Each process knows what its events must say.
 //!
-//! `stress operations N` makes so many operations, `stress minutes N` goes on so long. The
-//! seed is printed, and UVERBS_STRESS_SEED sets it: each thread then makes the same
-//! operations, though those of different threads may come in another order.
+//! `stress operations N` makes so many operations, and `stress minutes N` goes on so long.
+//! `stress removal COMMAND...` runs the command after some of them, which must remove the
+//! device; each process then must find that out. The seed is printed, and
+//! UVERBS_STRESS_SEED sets it: each thread then makes the same operations, though those of
+//! different threads may come in another order.
 
+mod file;
 mod memory;
 mod model;
 mod process;
 mod thread;
 
+use file::{FileChanges, Place};
 use memory::UNITS;
-use model::Versions;
 use rand::{
     RngExt, SeedableRng,
     rngs::{SmallRng, SysRng},
@@ -24,12 +27,14 @@ use rustix::{
     mm::MapFlags,
 };
 use std::{
-    env, fs,
+    array, env, fs,
     os::fd::OwnedFd,
+    process::Command,
     sync::atomic::{
-        AtomicU64,
+        AtomicBool, AtomicU64,
         Ordering::{Relaxed, SeqCst},
     },
+    thread::sleep,
     time::{Duration, Instant},
 };
 use uverbs_mmu_notify::{Event, GenerationPage, NotifyQueue};
@@ -44,10 +49,13 @@ const NOW: Option<Timespec> = Some(Timespec {
 });
 
 /// What the processes share.
-#[derive(Default)]
 #[repr(C)]
 struct Shared {
-    versions: Versions,
+    file: FileChanges,
+    places: [Place; PROCESSES],
+    /// Whether processes go on until the device is removed, and whether that has begun.
+    until_removal: AtomicBool,
+    removed: AtomicBool,
     /// What the generation of the common queue must be after the end of its process.
     ends: [AtomicU64; PROCESSES],
     operations: AtomicU64,
@@ -167,8 +175,34 @@ fn run(seed: u64, shared: &'static Shared, huge: bool, more: impl Fn(u64) -> boo
         if places.iter().all(Option::is_none) && !more(count) {
             return count;
         }
-        std::thread::sleep(Duration::from_millis(5));
+        sleep(Duration::from_millis(5));
     }
+}
+
+/// Runs processes until `remove` has removed their device.
+fn run_until_removal(seed: u64, shared: &'static Shared, huge: bool, remove: impl FnOnce()) {
+    let file = memfd(UNITS, MemfdFlags::empty());
+    shared.until_removal.store(true, Relaxed);
+    let start = |place| {
+        let seed = seed.wrapping_add(place as u64);
+        Running::start(place, seed, shared, &file, huge)
+    };
+    let mut processes: [_; PROCESSES] = array::from_fn(start);
+    let before = SmallRng::seed_from_u64(seed).random_range(100..2000);
+    while shared.operations.load(Relaxed) < before {
+        for process in &mut processes {
+            process.observe();
+            assert!(!process.is_over(), "the process of seed {}", process.seed);
+        }
+        sleep(Duration::from_millis(5));
+    }
+    shared.removed.store(true, SeqCst);
+    remove();
+    for (process, end) in processes.into_iter().zip(&shared.ends) {
+        process.expect_end(end);
+    }
+    let operations = shared.operations.load(Relaxed);
+    println!("{operations} operations until the removal");
 }
 
 /// Sets the number of huge pages. Returns whether there are so many.
@@ -178,33 +212,8 @@ fn reserve(pages: usize) -> bool {
     fs::write(PATH, &pages).is_ok() && fs::read_to_string(PATH).is_ok_and(|have| have == pages)
 }
 
-fn main() {
-    let arguments: Vec<_> = env::args().skip(1).collect();
-    let [what, number] = &arguments[..] else {
-        panic!("usage: stress operations|minutes NUMBER");
-    };
-    let number: u64 = number.parse().expect("a number");
-    let start = Instant::now();
-    let more = |count| match what.as_str() {
-        "operations" => count * process::OPERATIONS < number,
-        "minutes" => start.elapsed().as_secs() < 60 * number,
-        _ => panic!("operations or minutes, not {what}"),
-    };
-    let seed = match env::var("UVERBS_STRESS_SEED") {
-        Ok(seed) => seed.parse().expect("UVERBS_STRESS_SEED is a number"),
-        Err(_) => SmallRng::try_from_rng(&mut SysRng)
-            .unwrap()
-            .random::<u32>()
-            .into(),
-    };
-    println!("UVERBS_STRESS_SEED={seed}");
-    let huge = reserve(PROCESSES * process::HUGE_PAGES);
-    // SAFETY: The page is never unmapped, and all members are atomics.
-    let shared: &'static Shared = unsafe { &*Map::anonymous(1, MapFlags::SHARED).at(0).cast() };
-    let processes = run(seed, shared, huge, more);
-    reserve(0);
-
-    let seconds = start.elapsed().as_secs_f64();
+/// Prints what the processes have done.
+fn report(shared: &Shared, processes: u64, huge: bool, seconds: f64) {
     let [operations, registered, events, compared, stale] = [
         &shared.operations,
         &shared.registered,
@@ -218,10 +227,47 @@ fn main() {
     println!("{registered} regions, {events} events; with huge pages: {huge}");
     println!("{compared} regions looked at by RDMA, {stale} of them stale");
     assert_eq!(operations, processes * process::OPERATIONS, "operations");
-    assert!(!more(processes), "it has ended early");
     assert!(events > 0, "no events");
     assert!(
         compared == 0 || (1..compared).contains(&stale),
         "RDMA shows nothing"
     );
+}
+
+fn main() {
+    let seed = match env::var("UVERBS_STRESS_SEED") {
+        Ok(seed) => seed.parse().expect("UVERBS_STRESS_SEED is a number"),
+        Err(_) => SmallRng::try_from_rng(&mut SysRng)
+            .unwrap()
+            .random::<u32>()
+            .into(),
+    };
+    println!("UVERBS_STRESS_SEED={seed}");
+    let huge = reserve(PROCESSES * process::HUGE_PAGES);
+    let memory = Map::anonymous(size_of::<Shared>().div_ceil(PAGE), MapFlags::SHARED);
+    // SAFETY: It is never unmapped, and all members are atomics.
+    let shared: &'static Shared = unsafe { &*memory.at(0).cast() };
+
+    let arguments: Vec<_> = env::args().skip(1).collect();
+    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+    let start = Instant::now();
+    let count = |more: &dyn Fn(u64) -> bool| {
+        let processes = run(seed, shared, huge, more);
+        report(shared, processes, huge, start.elapsed().as_secs_f64());
+        assert!(!more(processes), "it has ended early");
+    };
+    let number = |number: &str| number.parse::<u64>().expect("a number");
+    match arguments[..] {
+        ["operations", limit] => count(&|so_far| so_far * process::OPERATIONS < number(limit)),
+        ["minutes", limit] => count(&|_| start.elapsed().as_secs() < 60 * number(limit)),
+        ["removal", program, ref arguments @ ..] => {
+            let remove = || {
+                let status = Command::new(program).args(arguments).status();
+                assert!(status.expect("run the command").success(), "{program}");
+            };
+            run_until_removal(seed, shared, huge, remove);
+        }
+        _ => panic!("usage: stress operations|minutes NUMBER, or stress removal COMMAND..."),
+    }
+    reserve(0);
 }

@@ -4,17 +4,21 @@
 //! A change is *due* for each live region that it concerns. An event settles it if it was
 //! read after the change began, covers it with the right reason, and is not newer than the
 //! counter was after the change. So the event of a later change does not hide a lost one.
+//! The same holds for changes of the common file, also by another process.
 
-use crate::memory::{Arena, UNITS};
+use crate::{
+    file::FileChanges,
+    memory::{Arena, UNITS},
+};
 use std::{
     collections::{HashMap, HashSet},
+    mem,
     ops::Range,
-    sync::atomic::{AtomicU64, Ordering::SeqCst},
 };
 use uverbs_mmu_notify_tests::{MAYBE_STALE, PAGE, Record, UNMAPPED};
 
 /// Units of an arena: bit `n` is unit `n`.
-type Units = u32;
+pub type Units = u32;
 
 pub fn units(range: Range<usize>) -> Units {
     ((1_u64 << range.end) - (1 << range.start)) as Units
@@ -24,9 +28,6 @@ pub fn units(range: Range<usize>) -> Units {
 fn hull(set: Units) -> Units {
     units(set.trailing_zeros() as usize..set.ilog2() as usize + 1)
 }
-
-/// How often each page of the file that all processes share has been taken away.
-pub type Versions = [AtomicU64; UNITS];
 
 #[derive(Debug, PartialEq)]
 enum State {
@@ -42,8 +43,38 @@ struct Due {
     change: u64,
     units: Units,
     reason: u32,
-    /// The counter after the change, unless it is still being made.
+    /// The counter after the change, unless it is still being made,
     latest: Option<u64>,
+    /// and then the events that may settle it: generation, and units that it covers.
+    early: Vec<(u64, Units)>,
+}
+
+impl Due {
+    fn new(change: u64, units: Units, reason: u32) -> Self {
+        Self {
+            change,
+            units,
+            reason,
+            latest: None,
+            early: Vec::new(),
+        }
+    }
+
+    /// An event of its reason.
+    fn apply(&mut self, generation: u64, covered: Units) {
+        match self.latest {
+            None => self.early.push((generation, covered)),
+            Some(latest) if generation <= latest => self.units &= !covered,
+            Some(_) => (),
+        }
+    }
+
+    fn end(&mut self, latest: u64) {
+        self.latest = Some(latest);
+        for (generation, covered) in mem::take(&mut self.early) {
+            self.apply(generation, covered);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -61,22 +92,13 @@ pub struct Region {
     seen: u32,
     reported: Units,
     due: Vec<Due>,
-    /// What may be reported as unmapped since it was settled, and ever.
+    /// What may be reported as unmapped since it was settled.
     unmapped: Units,
-    ever_unmapped: Units,
-    /// The versions of the file, and those up to which all is reported.
-    file: Option<&'static Versions>,
-    versions: [u64; UNITS],
+    is_file: bool,
 }
 
 impl Region {
-    pub fn new(
-        arena: &Arena,
-        range: Range<usize>,
-        queue: usize,
-        writable: bool,
-        file: &'static Versions,
-    ) -> Self {
+    pub fn new(arena: &Arena, range: Range<usize>, queue: usize, writable: bool) -> Self {
         Self {
             queue,
             arena: arena.index,
@@ -90,9 +112,7 @@ impl Region {
             reported: 0,
             due: Vec::new(),
             unmapped: 0,
-            ever_unmapped: 0,
-            file: arena.kind.is_file().then_some(file),
-            versions: [0; UNITS],
+            is_file: arena.kind.is_file(),
         }
     }
 
@@ -103,13 +123,16 @@ impl Region {
         all.map(move |unit| (unit, has(self.reported, unit)))
     }
 
-    fn version(&self, unit: usize) -> u64 {
-        self.file.map_or(0, |file| file[unit].load(SeqCst))
-    }
-
     fn may_be_unmapped(&mut self, set: Units) {
         self.unmapped |= set & self.units;
-        self.ever_unmapped |= set & self.units;
+    }
+
+    /// An event must report what is changed in these units.
+    fn expect_event(&mut self, change: u64, set: Units, reason: u32) {
+        let concerned = self.units & set;
+        if self.state == State::Live && concerned != 0 {
+            self.due.push(Due::new(change, concerned, reason));
+        }
     }
 
     fn apply(&mut self, event: &Record) {
@@ -139,17 +162,11 @@ impl Region {
         self.seen += 1;
         self.reported |= touched;
         for due in &mut self.due {
-            let in_time = due.latest.is_none_or(|latest| event.generation <= latest);
-            if reasons & due.reason != 0 && in_time {
-                due.units &= !covered;
+            if reasons & due.reason != 0 {
+                due.apply(event.generation, covered);
             }
         }
         self.due.retain(|due| due.units != 0);
-        if reasons & MAYBE_STALE != 0 {
-            for unit in first as usize..last as usize {
-                self.versions[unit] = self.version(unit);
-            }
-        }
     }
 
     /// Nobody changes anything, and all events have been applied.
@@ -159,14 +176,6 @@ impl Region {
             !matches!(self.state, State::Gone(_)),
             "fewer events than counted: {self:x?}"
         );
-        for (unit, _) in self.units() {
-            // What happens to the file while nothing is mapped does not concern the region.
-            let mapped = self.ever_unmapped & (1 << unit) == 0;
-            assert!(
-                !mapped || self.versions[unit] == self.version(unit),
-                "an event for unit {unit} of the file is missing: {self:x?}"
-            );
-        }
         self.unmapped = 0;
     }
 }
@@ -178,20 +187,58 @@ struct Queue {
     deregistered: u64,
 }
 
-#[derive(Default)]
 pub struct Model {
+    /// Of the processes that run at once.
+    place: usize,
     queues: Vec<Queue>,
     regions: HashMap<u64, Region>,
     changes: u64,
     /// The changes that are being made and unmap: number, arena and units.
     unmapping: Vec<(u64, usize, Units)>,
+    file: &'static FileChanges,
+    /// How many changes of the file it knows, and the number of the last one here, if that is
+    /// still being made.
+    file_changes: u64,
+    file_change: Option<u64>,
 }
 
 impl Model {
-    pub fn new(queues: usize) -> Self {
+    pub fn new(place: usize, queues: usize, file: &'static FileChanges) -> Self {
         Self {
+            place,
             queues: (0..queues).map(|_| Queue::default()).collect(),
-            ..Self::default()
+            regions: HashMap::new(),
+            changes: 0,
+            unmapping: Vec::new(),
+            file,
+            file_changes: file.begun(),
+            file_change: None,
+        }
+    }
+
+    /// Takes over what has happened to the file. The caller does that before anything else.
+    pub fn follow_file(&mut self) {
+        let ended = self.file.ended();
+        let begun = self.file.begun();
+        loop {
+            let is_over = self.file_changes <= ended;
+            if let Some(change) = self.file_change.take_if(|_| is_over) {
+                let counters = self.file.counters(self.file_changes, self.place);
+                self.settle(change, &counters);
+            }
+            if self.file_changes == begun {
+                return;
+            }
+            self.file_changes += 1;
+            self.changes += 1;
+            self.file_change = Some(self.changes);
+            let units = self.file.units(self.file_changes);
+            for region in self.regions.values_mut().filter(|region| region.is_file) {
+                // What is not mapped is not concerned.
+                let unmapped = self.unmapping.iter().filter(|(_, a, _)| *a == region.arena);
+                let unmapped = unmapped.fold(0, |all, (.., set)| all | set);
+                region.expect_event(self.changes, units & !unmapped, MAYBE_STALE);
+            }
         }
     }
 
@@ -208,7 +255,6 @@ impl Model {
     /// It is. What is changed from now on is due.
     pub fn registered(&mut self, cookie: u64, rkey: u32) {
         let region = self.regions.get_mut(&cookie).expect("it was added");
-        region.versions = std::array::from_fn(|unit| region.version(unit));
         (region.state, region.rkey) = (State::Live, rkey);
     }
 
@@ -239,22 +285,18 @@ impl Model {
         if reason == UNMAPPED {
             self.unmapping.push((self.changes, arena, set));
         }
-        for region in self.regions.values_mut() {
-            let concerned = region.units & set;
-            if region.arena != arena || concerned == 0 {
-                continue;
-            }
+        let regions = self.regions.values_mut();
+        for region in regions.filter(|region| region.arena == arena) {
             if reason == UNMAPPED {
                 region.may_be_unmapped(set);
+                // Perhaps the file is changed while this is not mapped.
+                for due in &mut region.due {
+                    if Some(due.change) == self.file_change {
+                        due.units &= !set;
+                    }
+                }
             }
-            if region.state == State::Live {
-                region.due.push(Due {
-                    change: self.changes,
-                    units: concerned,
-                    reason,
-                    latest: None,
-                });
-            }
+            region.expect_event(self.changes, set, reason);
         }
         self.changes
     }
@@ -262,11 +304,16 @@ impl Model {
     /// The change has been made, and then the counters of the queues were these.
     pub fn end(&mut self, change: u64, counters: &[u64]) {
         self.unmapping.retain(|&(number, ..)| number != change);
+        self.settle(change, counters);
+    }
+
+    fn settle(&mut self, change: u64, counters: &[u64]) {
         for region in self.regions.values_mut() {
             let due = region.due.iter_mut().find(|due| due.change == change);
             if let Some(due) = due {
-                due.latest = Some(counters[region.queue]);
+                due.end(counters[region.queue]);
             }
+            region.due.retain(|due| due.units != 0);
         }
     }
 
@@ -309,6 +356,11 @@ impl Model {
         regions
             .filter(|region| which(region))
             .for_each(Region::expect_settled);
+    }
+
+    /// All regions are deregistered, and all that was read is applied.
+    pub fn expect_end(&self) {
+        assert!(self.regions.is_empty(), "fewer events than counted");
     }
 
     /// The regions that are registered.

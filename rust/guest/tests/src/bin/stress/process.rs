@@ -3,6 +3,7 @@
 
 use crate::{
     Shared,
+    file::Counters,
     memory::{Arena, Kind},
     model::{Model, units},
     thread::{HUGE_SLOTS, Thread},
@@ -12,6 +13,7 @@ use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use rustix::{
     buffer::spare_capacity,
     event::epoll,
+    io::Errno,
     process::{Signal, set_parent_process_death_signal},
 };
 use std::{
@@ -19,7 +21,13 @@ use std::{
     ops::Range,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     panic,
-    sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, atomic::Ordering::Relaxed},
+    sync::{
+        Arc, Barrier, Condvar, Mutex, MutexGuard,
+        atomic::{
+            AtomicBool,
+            Ordering::{Relaxed, SeqCst},
+        },
+    },
     thread,
 };
 use uverbs_mmu_notify::{Event, GenerationPage, NotifyQueue, Pd};
@@ -55,6 +63,11 @@ pub struct Gate {
 }
 
 impl Gate {
+    /// A reader that has ended waits for ever.
+    fn leave(&self) {
+        self.state.lock().unwrap().1 += 1;
+    }
+
     fn pass(&self) {
         let mut state = self.state.lock().unwrap();
         state.1 += 1;
@@ -84,8 +97,14 @@ pub struct Process {
     pub queues: Vec<(NotifyQueue, GenerationPage)>,
     pub arenas: Vec<Arena>,
     model: Mutex<Model>,
+    pub counters: Counters,
     pub gate: Gate,
     pub barrier: Barrier,
+    /// Whether a call has said that the device is gone, and whether the threads know.
+    pub gone: AtomicBool,
+    pub over: AtomicBool,
+    /// All threads wait here when it is.
+    pub end: Barrier,
 }
 
 /// Runs a process until it ends in some way. Its common queue is sent to `socket`.
@@ -114,6 +133,7 @@ pub fn live(
         (queue, page)
     };
     let queues: Vec<_> = (0..=COMMON).map(queue).collect();
+    shared.places[place].publish(queues.iter().map(|(queue, _)| queue));
     send(socket, &queues[COMMON].0);
     let own = OWN.iter().cycle().take(THREADS * OWN.len());
     let all = ALL.iter().filter(|&&kind| huge || kind != Kind::Huge);
@@ -125,11 +145,15 @@ pub fn live(
             .map(|(index, &kind)| Arena::new(index, kind, &file))
             .collect(),
         file,
-        model: Mutex::new(Model::new(queues.len())),
+        model: Mutex::new(Model::new(place, queues.len(), &shared.file)),
+        counters: Counters::new(&shared.places),
         queues,
         pd,
         gate: Gate::default(),
         barrier: Barrier::new(THREADS),
+        gone: AtomicBool::new(false),
+        over: AtomicBool::new(false),
+        end: Barrier::new(THREADS + READERS),
     };
     let mut seeds = SmallRng::seed_from_u64(seed);
     let mut fork = || SmallRng::from_rng(&mut seeds);
@@ -140,7 +164,11 @@ pub fn live(
         }
         for read in [Process::read, Process::read_epoll, Process::read_uring] {
             let (process, dice) = (&process, fork());
-            scope.spawn(move || read(process, dice));
+            scope.spawn(move || {
+                read(process, dice);
+                process.gate.leave();
+                process.end.wait();
+            });
         }
     });
     unreachable!("a thread ends the process");
@@ -155,7 +183,9 @@ fn pieces(dice: &mut SmallRng) -> [usize; 2] {
 
 impl Process {
     pub fn model(&self) -> MutexGuard<'_, Model> {
-        self.model.lock().unwrap()
+        let mut model = self.model.lock().unwrap();
+        model.follow_file();
+        model
     }
 
     /// Wakes the readers. Only thread 0 changes it.
@@ -178,21 +208,39 @@ impl Process {
         self.shared.events.fetch_add(events.len() as u64, Relaxed);
     }
 
-    /// Reads until EAGAIN.
-    pub fn drain(&self, queue: usize, dice: &mut SmallRng) {
+    /// Whether the device is gone, which no call may say before it is removed.
+    pub fn is_gone(&self, e: &io::Error) -> bool {
+        let gone = Errno::from_io_error(e) == Some(Errno::IO);
+        if gone {
+            assert!(
+                self.shared.removed.load(SeqCst),
+                "{e}, and the device is there"
+            );
+            self.gone.store(true, SeqCst);
+        }
+        gone
+    }
+
+    /// Reads until EAGAIN. Returns false if the device is gone.
+    pub fn drain(&self, queue: usize, dice: &mut SmallRng) -> bool {
         loop {
             match read_pieces(&self.queues[queue].0, &pieces(dice), libc::RWF_NOWAIT) {
                 Ok(bytes) => self.apply(queue, &bytes),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(e) if self.is_gone(&e) => return false,
                 Err(e) => panic!("read: {e}"),
             }
         }
     }
 
+    // These read the common queue until the device is gone.
     fn read(&self, mut dice: SmallRng) {
         loop {
-            let bytes = read_pieces(&self.queues[COMMON].0, &pieces(&mut dice), 0);
-            self.apply(COMMON, &bytes.expect("read"));
+            match read_pieces(&self.queues[COMMON].0, &pieces(&mut dice), 0) {
+                Ok(bytes) => self.apply(COMMON, &bytes),
+                Err(e) if self.is_gone(&e) => return,
+                Err(e) => panic!("read: {e}"),
+            }
             self.gate.pass();
         }
     }
@@ -206,7 +254,9 @@ impl Process {
         loop {
             ready.clear();
             epoll::wait(&epoll, spare_capacity(&mut ready), None).expect("epoll_wait");
-            self.drain(COMMON, &mut dice);
+            if !self.drain(COMMON, &mut dice) {
+                return;
+            }
             self.gate.pass();
         }
     }
@@ -222,8 +272,14 @@ impl Process {
             unsafe { ring.submission().push(&read) }.expect("room in the ring");
             ring.submit_and_wait(1).expect("submit");
             let done = ring.completion().next().expect("it waited for one");
-            let len = usize::try_from(done.result()).expect("read by io_uring");
-            self.apply(COMMON, &buffer[..len]);
+            match usize::try_from(done.result()) {
+                Ok(len) => self.apply(COMMON, &buffer[..len]),
+                Err(_) => {
+                    let e = io::Error::from_raw_os_error(-done.result());
+                    assert!(self.is_gone(&e), "read by io_uring: {e}");
+                    return;
+                }
+            }
             self.gate.pass();
         }
     }

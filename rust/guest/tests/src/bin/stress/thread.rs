@@ -3,7 +3,7 @@
 
 use crate::{
     memory::{Arena, Kind, UNITS},
-    model::Region,
+    model::{self, Region},
     process::{COMMON, FIRST_HUGE, OWN, Process, ROUNDS, STEPS, THREADS},
 };
 use rand::{RngExt, rngs::SmallRng, seq::IteratorRandom};
@@ -87,20 +87,28 @@ impl<'a> Thread<'a> {
         if self.index == 0 {
             self.register(BELL, self.process.bell(), 0..1, COMMON, true);
         }
-        for round in 1..=ROUNDS {
+        let process = self.process;
+        for round in 1.. {
             for _ in 0..STEPS {
+                if process.gone.load(SeqCst) {
+                    break;
+                }
                 self.step();
-                self.process.shared.operations.fetch_add(1, Relaxed);
+                process.shared.operations.fetch_add(1, Relaxed);
             }
-            self.process.barrier.wait();
+            process.barrier.wait();
             if self.index == 0 {
                 self.quiet();
-                if round == ROUNDS {
+                process.over.store(process.gone.load(SeqCst), SeqCst);
+                if round == ROUNDS && !process.shared.until_removal.load(Relaxed) {
                     self.end();
                 }
-                self.process.gate.set(false);
+                process.gate.set(false);
             }
-            self.process.barrier.wait();
+            process.barrier.wait();
+            if process.over.load(SeqCst) {
+                return self.leave();
+            }
         }
     }
 
@@ -192,10 +200,11 @@ impl<'a> Thread<'a> {
             99 if coin => self.fork(rare),
             97.. => {
                 let read = read_raw(&process.queues[self.index].0, self.nowhere.at(0), PAGE);
-                let error = Errno::from_io_error(&read.expect_err("nothing can be written"));
+                let error = read.expect_err("nothing can be written");
+                let expected = [Errno::FAULT, Errno::AGAIN].map(Some);
                 assert!(
-                    [Errno::FAULT, Errno::AGAIN].map(Some).contains(&error),
-                    "{error:?}"
+                    expected.contains(&Errno::from_io_error(&error)) || process.is_gone(&error),
+                    "{error}"
                 );
             }
         }
@@ -211,8 +220,8 @@ impl<'a> Thread<'a> {
     ) {
         let process = self.process;
         self.cookie += 1;
-        let (cookie, file) = (self.cookie, &process.shared.versions);
-        let region = Region::new(arena, range.clone(), queue, writable, file);
+        let cookie = self.cookie;
+        let region = Region::new(arena, range.clone(), queue, writable);
         process.model().add(cookie, region);
 
         let mut args = MrArgs::new(arena.at(range.start), range.len() * arena.unit())
@@ -228,6 +237,7 @@ impl<'a> Thread<'a> {
                 process.shared.registered.fetch_add(1, Relaxed);
                 self.slots[slot] = Some((cookie, mr));
             }
+            Err(e) if process.is_gone(&e) => process.model().failed(cookie),
             Err(e) if may_fail && Errno::from_io_error(&e) == Some(Errno::FAULT) => {
                 process.model().failed(cookie);
             }
@@ -250,10 +260,10 @@ impl<'a> Thread<'a> {
     /// Takes pages of the file away, from all processes.
     fn change_file(&self, units: Range<usize>, change: impl FnOnce()) {
         let _lock = self.lock_file(FlockOperation::LockExclusive);
-        for version in &self.process.shared.versions[units] {
-            version.fetch_add(1, SeqCst);
-        }
-        change();
+        let Process {
+            shared, counters, ..
+        } = self.process;
+        shared.file.make(model::units(units), counters, change);
     }
 
     /// The byte of a unit that no other thread of any process uses.
@@ -275,20 +285,25 @@ impl<'a> Thread<'a> {
         token
     }
 
-    fn drain(&mut self, queue: usize) {
+    /// Returns false if the device is gone.
+    fn drain(&mut self, queue: usize) -> bool {
         let page = &self.process.queues[queue].1;
         let before = page.load();
-        self.process.drain(queue, &mut self.dice);
-        self.process
-            .model()
-            .expect_counter(queue, before, page.load());
+        let is_there = self.process.drain(queue, &mut self.dice);
+        if is_there {
+            let model = self.process.model();
+            model.expect_counter(queue, before, page.load());
+        }
+        is_there
     }
 
     /// Drains this thread's queue, and looks at its regions of memory that only this thread
     /// changes.
     fn check(&mut self) {
         let _file = self.lock_file(FlockOperation::LockShared);
-        self.drain(self.index);
+        if !self.drain(self.index) {
+            return;
+        }
         let (queue, arenas) = (
             self.index,
             self.index * OWN.len()..(self.index + 1) * OWN.len(),
@@ -314,22 +329,29 @@ impl<'a> Thread<'a> {
             drop(model);
 
             let at = self.byte(arena, unit);
-            let same = if write {
+            let transfer = if write {
                 let token = self.next_token();
-                assert_eq!(peer.write(at, rkey, token), IBV_WC_SUCCESS, "RDMA write");
+                let written = peer.try_write(at, rkey, token);
                 // SAFETY: As in `store`.
-                unsafe { at.read_volatile() == token }
+                written.map(|status| (status, unsafe { at.read_volatile() } == token))
             } else {
                 let token = self.store(arena, unit);
-                peer.read(at, rkey) == token
+                let read = peer.try_read(at, rkey);
+                read.map(|(status, byte)| (status, byte == token))
             };
-            assert!(
-                same || reported,
-                "stale at unit {unit} of {:?} memory, and no event says so: rkey {rkey:#x}",
-                arena.kind
-            );
-            self.process.shared.compared.fetch_add(1, Relaxed);
-            self.process.shared.stale.fetch_add((!same).into(), Relaxed);
+            let shared = self.process.shared;
+            match transfer {
+                Ok((IBV_WC_SUCCESS, same)) => {
+                    assert!(
+                        same || reported,
+                        "stale at unit {unit} of {:?} memory, and no event says so: rkey {rkey:#x}",
+                        arena.kind
+                    );
+                    shared.compared.fetch_add(1, Relaxed);
+                    shared.stale.fetch_add((!same).into(), Relaxed);
+                }
+                failed => assert!(shared.removed.load(SeqCst), "RDMA: {failed:?}"),
+            }
         }
         self.peer = Some(peer);
     }
@@ -338,7 +360,9 @@ impl<'a> Thread<'a> {
     fn fork(&self, exec: bool) {
         let exit = in_child(|| {
             let read = self.process.queues[COMMON].0.read(&mut [Event::default()]);
-            expect_errno(read, Errno::PERM, "read() by a child");
+            let error = read.expect_err("read() by a child");
+            let is_refused = Errno::from_io_error(&error) == Some(Errno::PERM);
+            assert!(is_refused || self.process.is_gone(&error), "{error}");
             for arena in &self.process.arenas {
                 arena.map.unmap(arena.pages(&(0..arena.kind.units())));
             }
@@ -359,11 +383,39 @@ impl<'a> Thread<'a> {
             thread::yield_now();
         }
         let _file = self.lock_file(FlockOperation::LockShared);
-        (0..=COMMON).for_each(|queue| self.drain(queue));
+        for queue in 0..=COMMON {
+            if !self.drain(queue) {
+                return;
+            }
+        }
         process.model().expect_settled(|_| true);
         for _ in 0..8 {
             self.compare(|_| true);
         }
+    }
+
+    /// The device is gone. Nothing else comes from the queues, and each region can still be
+    /// deregistered, which returns how many events were read. Thread 0 ends the process.
+    fn leave(&mut self) {
+        let process = self.process;
+        while self.drain(self.index) {
+            thread::yield_now();
+        }
+        process.end.wait();
+        let counters = || process.queues.iter().map(|(_, page)| page.load());
+        let before: Vec<_> = counters().collect();
+        process.barrier.wait();
+        (0..SLOTS).for_each(|slot| self.deregister(slot));
+        process.barrier.wait();
+        if self.index != 0 {
+            return;
+        }
+        process.model().expect_end();
+        assert!(counters().eq(before), "the generation after the removal");
+        let end = &process.shared.ends[process.place];
+        end.store(process.queues[COMMON].1.load(), SeqCst);
+        // SAFETY: It has no preconditions.
+        unsafe { libc::_exit(0) }
     }
 
     /// Ends the process. Each region of the common queue then gets an event, which nobody
