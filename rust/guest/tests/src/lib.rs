@@ -8,6 +8,7 @@
 //! `Interface:` for any other statement of the manual.
 
 mod cgroup;
+mod command;
 mod device;
 mod holder;
 mod kernel;
@@ -18,6 +19,7 @@ mod scm_rights;
 mod userfault;
 
 pub use cgroup::{Group, in_group};
+pub use command::{Form, Plain, bytes, call_command, send_command};
 pub use device::{Device, device, expect_no_regions, expect_regions, run, stress};
 pub use holder::{Holder, Kind, Work};
 pub use kernel::{

@@ -607,79 +607,14 @@ fn removal_fails_for_a_window() {
     removal_fails("failing4", watch, 0, 0);
 }
 
-/// How an extended command is sent.
-#[derive(Clone, Copy)]
-enum Form {
-    Write,
-    Invoke,
-}
-
-/// Sends an extended command.
-fn command<I, O: Default>(form: Form, context: &Context, command: u32, input: I) -> io::Result<O> {
-    let command = command | IB_USER_VERBS_CMD_FLAG_EXTENDED;
-    let (in_len, out_len) = (size_of::<I>() as u16, size_of::<O>() as u16);
-    let mut response = O::default();
-    let output = &raw mut response as u64;
-    match form {
-        Form::Write => by_write(context, command, (in_len, out_len), output, input)?,
-        Form::Invoke => {
-            let pointer = &raw const input;
-            // Up to eight bytes are in the attribute itself.
-            let data = match in_len {
-                // SAFETY: It has eight bytes, and no padding.
-                8 => unsafe { pointer.cast::<u64>().read_unaligned() },
-                _ => pointer as u64,
-            };
-            let request = Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INVOKE_WRITE)
-                .input(UVERBS_ATTR_WRITE_CMD, command.into());
-            // SAFETY: Both live until the call returns.
-            let mut request = unsafe {
-                request
-                    .raw(attr(UVERBS_ATTR_CORE_IN, in_len, data))
-                    .raw(attr(UVERBS_ATTR_CORE_OUT, out_len, output))
-            };
-            context.call(&mut request)?;
-        }
-    }
-    Ok(response)
-}
-
-fn by_write<I>(
-    context: &Context,
-    command: u32,
-    (in_len, out_len): (u16, u16),
-    response: u64,
-    input: I,
-) -> io::Result<()> {
-    #[repr(C)]
-    struct Command<I> {
-        command: u32,
-        in_words: u16,
-        out_words: u16,
-        response: u64,
-        provider: u64,
-        input: I,
-    }
-    let command = Command {
-        command,
-        in_words: in_len / 8,
-        out_words: out_len / 8,
-        response,
-        provider: 0,
-        input,
-    };
-    let fd = context.as_fd().as_raw_fd();
-    // SAFETY: The commands have no padding, and responses of this size.
-    match unsafe { libc::write(fd, (&raw const command).cast(), size_of_val(&command)) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
-    }
-}
-
 fn create_by(form: Form, context: &Context) -> io::Result<NotifyQueue> {
     let input = ib_uverbs_ex_create_mmu_notify::default();
-    let response: ib_uverbs_ex_create_mmu_notify_resp =
-        command(form, context, IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY, input)?;
+    let response: ib_uverbs_ex_create_mmu_notify_resp = call_command(
+        form,
+        context,
+        IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY,
+        &input,
+    )?;
     // SAFETY: The command has just made this FD for us.
     Ok(unsafe { OwnedFd::from_raw_fd(response.notify_fd) }.into())
 }
@@ -752,7 +687,7 @@ fn reg_by(form: Form, fixture: &Fixture, args: &MrArgs) -> io::Result<u32> {
     };
     let context = &fixture.context;
     let response: ib_uverbs_ex_reg_mr_notify_resp =
-        command(form, context, IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY, input)?;
+        call_command(form, context, IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY, &input)?;
     Ok(response.mr_handle)
 }
 
@@ -772,7 +707,7 @@ fn destroy_by(form: Form, fixture: &Fixture, mr_handle: u32) -> io::Result<u32> 
     };
     let context = &fixture.context;
     let response: ib_uverbs_ex_dereg_mr_notify_resp =
-        command(form, context, IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY, input)?;
+        call_command(form, context, IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY, &input)?;
     Ok(response.events_reported)
 }
 

@@ -1,113 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The extended commands, by write() and by INVOKE_WRITE.
 
-use rustix::io::{Errno, write};
+use rustix::io::Errno;
 use std::{
     io, mem,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-    slice,
 };
-use uverbs_mmu_notify::{Context, NotifyQueue, Request, sys::uapi::*};
+use uverbs_mmu_notify::{Context, NotifyQueue, sys::uapi::*};
 use uverbs_mmu_notify_tests::*;
-
-#[derive(Clone, Copy, Debug)]
-enum Form {
-    Write,
-    Invoke,
-}
 
 const FORMS: [Form; 2] = [Form::Write, Form::Invoke];
 
-/// Plain integers without padding, a multiple of eight bytes.
-trait Plain: Copy + Default {}
-impl Plain for ib_uverbs_ex_create_mmu_notify {}
-impl Plain for ib_uverbs_ex_create_mmu_notify_resp {}
-impl Plain for ib_uverbs_ex_reg_mr_notify {}
-impl Plain for ib_uverbs_ex_reg_mr_notify_resp {}
-impl Plain for ib_uverbs_ex_dereg_mr_notify {}
-impl Plain for ib_uverbs_ex_dereg_mr_notify_resp {}
-
-fn bytes<T: Plain>(value: &T) -> Vec<u8> {
-    let ptr = (&raw const *value).cast();
-    // SAFETY: It has no padding.
-    unsafe { slice::from_raw_parts(ptr, size_of::<T>()) }.to_vec()
-}
-
-/// Sends a command whose response goes to `response`, `room` bytes.
-fn send(
-    form: Form,
-    context: &Context,
-    command: u32,
-    input: &[u8],
-    response: *mut u8,
-    room: usize,
-) -> io::Result<()> {
-    let command = command | IB_USER_VERBS_CMD_FLAG_EXTENDED;
-    match form {
-        Form::Write => {
-            let mut buffer = Vec::new();
-            buffer.extend(command.to_ne_bytes());
-            buffer.extend((input.len() as u16 / 8).to_ne_bytes());
-            buffer.extend((room as u16 / 8).to_ne_bytes());
-            // struct ib_uverbs_ex_cmd_hdr: no room, no response.
-            let response = if room == 0 { 0 } else { response as u64 };
-            buffer.extend(response.to_ne_bytes());
-            buffer.extend([0; 8]);
-            buffer.extend(input);
-            write(context, &buffer)?;
-            Ok(())
-        }
-        Form::Invoke => {
-            let attr = |id: u32, len: usize, data: u64| {
-                let mut attr = ib_uverbs_attr {
-                    attr_id: id as u16,
-                    len: len as u16,
-                    flags: UVERBS_ATTR_F_MANDATORY as u16,
-                    ..Default::default()
-                };
-                attr.__bindgen_anon_1.data = data;
-                attr
-            };
-            // Up to eight bytes are in the attribute itself.
-            let data = match input.first_chunk() {
-                Some(word) if input.len() == 8 => u64::from_ne_bytes(*word),
-                _ => input.as_ptr() as u64,
-            };
-            let request = Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INVOKE_WRITE)
-                .input(UVERBS_ATTR_WRITE_CMD, command.into());
-            // SAFETY: `input` lives until the call returns, and the kernel
-            // checks the address of the response.
-            let mut request = unsafe {
-                request
-                    .raw(attr(UVERBS_ATTR_CORE_IN, input.len(), data))
-                    .raw(attr(UVERBS_ATTR_CORE_OUT, room, response as u64))
-            };
-            context.call(&mut request)
-        }
-    }
-}
-
-fn call<I: Plain, O: Plain>(
-    form: Form,
-    context: &Context,
-    command: u32,
-    input: &I,
-) -> io::Result<O> {
-    let mut output = O::default();
-    let response = (&raw mut output).cast();
-    send(
-        form,
-        context,
-        command,
-        &bytes(input),
-        response,
-        size_of::<O>(),
-    )?;
-    Ok(output)
-}
-
 fn create(form: Form, context: &Context) -> io::Result<NotifyQueue> {
-    let response: ib_uverbs_ex_create_mmu_notify_resp = call(
+    let response: ib_uverbs_ex_create_mmu_notify_resp = call_command(
         form,
         context,
         IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY,
@@ -146,7 +51,8 @@ fn reg_mr(
     input: &ib_uverbs_ex_reg_mr_notify,
 ) -> io::Result<ib_uverbs_ex_reg_mr_notify_resp> {
     let command = IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY;
-    let response: ib_uverbs_ex_reg_mr_notify_resp = call(form, &fixture.context, command, input)?;
+    let response: ib_uverbs_ex_reg_mr_notify_resp =
+        call_command(form, &fixture.context, command, input)?;
     assert_eq!(response.response_length as usize, size_of_val(&response));
     Ok(response)
 }
@@ -158,7 +64,7 @@ fn dereg_mr(form: Form, fixture: &Fixture, mr_handle: u32) -> io::Result<u32> {
     };
     let command = IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY;
     let response: ib_uverbs_ex_dereg_mr_notify_resp =
-        call(form, &fixture.context, command, &input)?;
+        call_command(form, &fixture.context, command, &input)?;
     assert_eq!(response.response_length as usize, size_of_val(&response));
     Ok(response.events_reported)
 }
@@ -294,7 +200,12 @@ fn refusals() {
 
         let create = |input: &ib_uverbs_ex_create_mmu_notify| {
             let command = IB_USER_VERBS_EX_CMD_CREATE_MMU_NOTIFY;
-            call::<_, ib_uverbs_ex_create_mmu_notify_resp>(form, &fixture.context, command, input)
+            call_command::<_, ib_uverbs_ex_create_mmu_notify_resp>(
+                form,
+                &fixture.context,
+                command,
+                input,
+            )
         };
         let reserved = ib_uverbs_ex_create_mmu_notify {
             reserved: 1,
@@ -313,8 +224,12 @@ fn refusals() {
             comp_mask,
             mr_handle: mr.mr_handle,
         };
-        let result =
-            call::<_, ib_uverbs_ex_dereg_mr_notify_resp>(form, &fixture.context, command, &input);
+        let result = call_command::<_, ib_uverbs_ex_dereg_mr_notify_resp>(
+            form,
+            &fixture.context,
+            command,
+            &input,
+        );
         expect_errno(result, Errno::OPNOTSUPP, "comp_mask of DEREG");
         map.unmap(0..1);
         fixture.expect(&[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
@@ -356,7 +271,7 @@ fn lengths() {
         let call = |command, input: &[u8], room| {
             let mut response = [0xff_u8; 64];
             let at = response.as_mut_ptr();
-            send(form, &fixture.context, command, input, at, room)?;
+            send_command(form, &fixture.context, command, input, at, room)?;
             Ok(response)
         };
         let (queues, watches) = (counter_pages(), Watches::new());
@@ -414,7 +329,7 @@ fn create_without_response() {
         let mut response = [0_u8; 64];
         for room in [0, full - 8] {
             let response = response.as_mut_ptr();
-            let result = send(form, &fixture.context, command, &input, response, room);
+            let result = send_command(form, &fixture.context, command, &input, response, room);
             expect_errno(result, Errno::NOSPC, "CREATE");
         }
         assert_eq!(counter_pages(), pages, "queues, after CREATE failed");
@@ -499,7 +414,7 @@ fn response_faults() {
             let input = bytes(&reg_input(&fixture, &fixture.queue, map, page..page + 1));
             let response = map.at(4).wrapping_sub(overlap);
             let command = IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY;
-            let result = send(form, &fixture.context, command, &input, response, room);
+            let result = send_command(form, &fixture.context, command, &input, response, room);
             expect_errno(result, Errno::FAULT, "REG");
         }
         expect_no_regions();
@@ -510,7 +425,7 @@ fn response_faults() {
         let input = bytes(&ib_uverbs_ex_create_mmu_notify::default());
         let room = size_of::<ib_uverbs_ex_create_mmu_notify_resp>();
         let pages = counter_pages();
-        let result = send(form, &fixture.context, command, &input, map.at(4), room);
+        let result = send_command(form, &fixture.context, command, &input, map.at(4), room);
         expect_errno(result, Errno::FAULT, "CREATE");
         assert_eq!(counter_pages(), pages, "queues, after CREATE failed");
 
@@ -523,7 +438,7 @@ fn response_faults() {
         });
         let command = IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY;
         let room = size_of::<ib_uverbs_ex_dereg_mr_notify_resp>();
-        let result = send(form, &fixture.context, command, &input, map.at(4), room);
+        let result = send_command(form, &fixture.context, command, &input, map.at(4), room);
         expect_errno(result, Errno::FAULT, "DEREG");
         expect_no_regions();
     }
