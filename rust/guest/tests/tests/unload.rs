@@ -6,7 +6,8 @@ use std::{env, path::Path, process::Command};
 use uverbs_mmu_notify::{Event, Mr};
 use uverbs_mmu_notify_tests::*;
 
-/// Under load this removes the devices, but with lockdep their sockets keep the module loaded.
+/// Under load rmmod removes the devices. But with lockdep a socket of each device holds a
+/// reference to the module until the device is gone.
 const REMOVE: &str = "rmmod rdma_rxe ||
     { rdma link delete rxe0 && rdma link delete gone5 && until rmmod rdma_rxe; do :; done; }";
 

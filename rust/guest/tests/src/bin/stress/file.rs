@@ -125,12 +125,12 @@ impl Counters {
         Self { places, mapped }
     }
 
-    /// Those of a process; none if there is no process or no device any more.
+    /// Those of a process; none if it is gone.
     fn load(&self, place: usize) -> Vec<u64> {
         let pid = self.places[place].pid.load(SeqCst);
         let (mapped, pages) = &mut self.mapped.lock().unwrap()[place];
         if *mapped != pid {
-            let gone = [Errno::SRCH, Errno::BADF, Errno::IO].map(Some);
+            let gone = [Errno::SRCH, Errno::BADF].map(Some);
             *pages = match self.places[place].map(pid) {
                 Err(e) if gone.contains(&Errno::from_io_error(&e)) => Vec::new(),
                 pages => pages.expect("map the counters of another process"),

@@ -31,7 +31,7 @@ use std::{
     os::fd::OwnedFd,
     process::Command,
     sync::atomic::{
-        AtomicBool, AtomicU64,
+        AtomicBool, AtomicU64, AtomicUsize,
         Ordering::{Relaxed, SeqCst},
     },
     thread::sleep,
@@ -56,6 +56,8 @@ struct Shared {
     /// Whether processes go on until the device is removed, and whether that has begun.
     until_removal: AtomicBool,
     removed: AtomicBool,
+    /// How many threads have begun with their operations.
+    started: AtomicUsize,
     /// What the generation of the common queue must be after the end of its process.
     ends: [AtomicU64; PROCESSES],
     operations: AtomicU64,
@@ -189,7 +191,9 @@ fn run_until_removal(seed: u64, shared: &'static Shared, huge: bool, remove: imp
     };
     let mut processes: [_; PROCESSES] = array::from_fn(start);
     let before = SmallRng::seed_from_u64(seed).random_range(100..2000);
-    while shared.operations.load(Relaxed) < before {
+    while shared.operations.load(Relaxed) < before
+        || shared.started.load(SeqCst) < PROCESSES * process::THREADS
+    {
         for process in &mut processes {
             process.observe();
             assert!(!process.is_over(), "the process of seed {}", process.seed);
@@ -197,7 +201,7 @@ fn run_until_removal(seed: u64, shared: &'static Shared, huge: bool, remove: imp
         sleep(Duration::from_millis(5));
     }
     shared.removed.store(true, SeqCst);
-    remove();
+    within("the removal", remove);
     for (process, end) in processes.into_iter().zip(&shared.ends) {
         process.expect_end(end);
     }
@@ -227,9 +231,12 @@ fn report(shared: &Shared, processes: u64, huge: bool, seconds: f64) {
     println!("{registered} regions, {events} events; with huge pages: {huge}");
     println!("{compared} regions looked at by RDMA, {stale} of them stale");
     assert_eq!(operations, processes * process::OPERATIONS, "operations");
+    assert!(huge, "there are no huge pages");
     assert!(events > 0, "no events");
+    // On soft-iWARP no RDMA is used.
+    let is_siw = device().starts_with("siw");
     assert!(
-        compared == 0 || (1..compared).contains(&stale),
+        is_siw && compared == 0 || (1..compared).contains(&stale),
         "RDMA shows nothing"
     );
 }

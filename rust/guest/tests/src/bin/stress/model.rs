@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What a process knows of its regions: which events must still come, and which may.
 //!
-//! A change is *due* for each live region that it concerns. An event settles it if it was
-//! read after the change began, covers it with the right reason, and is not newer than the
+//! A change is *due* for each live region that it concerns. An event settles it if it is
+//! applied after the change began, covers it with the right reason, and is not newer than the
 //! counter was after the change. So the event of a later change does not hide a lost one.
 //! The same holds for changes of the common file, also by another process.
 
@@ -218,8 +218,9 @@ impl Model {
 
     /// Takes over what has happened to the file. The caller does that before anything else.
     pub fn follow_file(&mut self) {
-        let ended = self.file.ended();
+        // In this order: each change before the last one that has begun has ended.
         let begun = self.file.begun();
+        let ended = self.file.ended();
         loop {
             let is_over = self.file_changes <= ended;
             if let Some(change) = self.file_change.take_if(|_| is_over) {

@@ -208,14 +208,16 @@ impl Process {
         self.shared.events.fetch_add(events.len() as u64, Relaxed);
     }
 
+    /// Whether the removal of the device may have begun.
+    pub fn is_removed(&self) -> bool {
+        self.shared.removed.load(SeqCst)
+    }
+
     /// Whether the device is gone, which no call may say before it is removed.
     pub fn is_gone(&self, e: &io::Error) -> bool {
         let gone = Errno::from_io_error(e) == Some(Errno::IO);
         if gone {
-            assert!(
-                self.shared.removed.load(SeqCst),
-                "{e}, and the device is there"
-            );
+            assert!(self.is_removed(), "{e}, and the device is there");
             self.gone.store(true, SeqCst);
         }
         gone

@@ -88,6 +88,7 @@ impl<'a> Thread<'a> {
             self.register(BELL, self.process.bell(), 0..1, COMMON, true);
         }
         let process = self.process;
+        process.shared.started.fetch_add(1, SeqCst);
         for round in 1.. {
             for _ in 0..STEPS {
                 if process.gone.load(SeqCst) {
@@ -285,16 +286,17 @@ impl<'a> Thread<'a> {
         token
     }
 
-    /// Returns false if the device is gone.
+    /// Returns false if the removal of the device has begun: that drops events.
     fn drain(&mut self, queue: usize) -> bool {
         let page = &self.process.queues[queue].1;
         let before = page.load();
-        let is_there = self.process.drain(queue, &mut self.dice);
-        if is_there {
-            let model = self.process.model();
-            model.expect_counter(queue, before, page.load());
+        self.process.drain(queue, &mut self.dice);
+        if self.process.is_removed() {
+            return false;
         }
-        is_there
+        let model = self.process.model();
+        model.expect_counter(queue, before, page.load());
+        true
     }
 
     /// Drains this thread's queue, and looks at its regions of memory that only this thread
@@ -350,7 +352,7 @@ impl<'a> Thread<'a> {
                     shared.compared.fetch_add(1, Relaxed);
                     shared.stale.fetch_add((!same).into(), Relaxed);
                 }
-                failed => assert!(shared.removed.load(SeqCst), "RDMA: {failed:?}"),
+                failed => assert!(self.process.is_removed(), "RDMA: {failed:?}"),
             }
         }
         self.peer = Some(peer);
@@ -360,9 +362,7 @@ impl<'a> Thread<'a> {
     fn fork(&self, exec: bool) {
         let exit = in_child(|| {
             let read = self.process.queues[COMMON].0.read(&mut [Event::default()]);
-            let error = read.expect_err("read() by a child");
-            let is_refused = Errno::from_io_error(&error) == Some(Errno::PERM);
-            assert!(is_refused || self.process.is_gone(&error), "{error}");
+            expect_errno(read, Errno::PERM, "read() by a child");
             for arena in &self.process.arenas {
                 arena.map.unmap(arena.pages(&(0..arena.kind.units())));
             }
@@ -376,6 +376,9 @@ impl<'a> Thread<'a> {
         let process = self.process;
         // SAFETY: The signal has no handler, and ends the process.
         unsafe { libc::alarm(LIMIT) };
+        if process.gone.load(SeqCst) {
+            return;
+        }
         process.gate.set(true);
         while !process.gate.all_wait() {
             let map = process.bell().map;
@@ -398,7 +401,7 @@ impl<'a> Thread<'a> {
     /// deregistered, which returns how many events were read. Thread 0 ends the process.
     fn leave(&mut self) {
         let process = self.process;
-        while self.drain(self.index) {
+        while process.drain(self.index, &mut self.dice) {
             thread::yield_now();
         }
         process.end.wait();
