@@ -225,14 +225,20 @@ impl Warnings {
     }
 }
 
-/// Fails allocations of the slab that this thread makes, once armed.
+/// Fails allocations that this thread makes, once armed.
 pub struct FailAllocation(File);
 
 impl FailAllocation {
-    /// Fails none yet.
+    /// Of the slab. Fails none yet.
     #[expect(clippy::new_without_default)]
     pub fn new() -> Self {
-        set_up_faults(&["failslab"], 0..0);
+        set_up_faults(&["failslab"], ANYWHERE, NOWHERE);
+        Self::open()
+    }
+
+    /// Of the slab and of pages, so also those by vmalloc. Fails none yet.
+    pub fn of_any_kind() -> Self {
+        set_up_faults(&["failslab", "fail_page_alloc"], ANYWHERE, NOWHERE);
         Self::open()
     }
 
@@ -287,8 +293,14 @@ impl FailAllocation {
 /// What can fail on purpose, by folders of debugfs.
 const FAULTS: [&str; 3] = ["failslab", "fail_page_alloc", "fail_usercopy"];
 
-/// Counts faults of these kinds and no others, and none that happens in `except`.
-fn set_up_faults(kinds: &[&str], except: Range<u64>) {
+/// Any stack has an address here.
+const ANYWHERE: Range<u64> = 0..u64::MAX;
+/// No stack has one here.
+const NOWHERE: Range<u64> = 0..0;
+
+/// Counts faults of these kinds and no others, and only those whose stack has an address in
+/// `only` and none in `except`.
+fn set_up_faults(kinds: &[&str], only: Range<u64>, except: Range<u64>) {
     let set = |kind: &str, file: &str, value: &str| {
         fs::write(format!("/sys/kernel/debug/{kind}/{file}"), value)
             .unwrap_or_else(|e| panic!("set up {kind}/{file}: {e}"));
@@ -300,11 +312,15 @@ fn set_up_faults(kinds: &[&str], except: Range<u64>) {
         }
         // Without a message.
         set(kind, "verbose", "0");
-        // No stack ends at 0.
-        let end = if counts { u64::MAX } else { 0 };
-        set(kind, "require-end", &format!("{end:#x}"));
-        set(kind, "reject-start", &format!("{:#x}", except.start));
-        set(kind, "reject-end", &format!("{:#x}", except.end));
+        let only = if counts { &only } else { &NOWHERE };
+        for (file, address) in [
+            ("require-start", only.start),
+            ("require-end", only.end),
+            ("reject-start", except.start),
+            ("reject-end", except.end),
+        ] {
+            set(kind, file, &format!("{address:#x}"));
+        }
     }
     // Also allocations that may sleep, and those of a single page.
     set("failslab", "ignore-gfp-wait", "N");
@@ -326,13 +342,20 @@ fn function(name: &str) -> Range<u64> {
 }
 
 /// One allocation, or copy from or to userspace, that fails, see [`each_fault`].
+#[derive(Clone)]
 pub struct Injection {
     nth: u32,
+    vmalloc: bool,
     reached: bool,
     failed: bool,
 }
 
 impl Injection {
+    /// Whether the allocation is one that vmalloc makes.
+    pub fn is_of_vmalloc(&self) -> bool {
+        self.vmalloc
+    }
+
     /// Runs `run` with this fault. A call that fails for that reason says `ENOMEM` or
     /// `EFAULT`, and nothing else fails.
     #[track_caller]
@@ -365,15 +388,28 @@ const TRIES: u32 = 3;
 
 /// Runs `once` with the first fault of a kind that its call of [`Injection::inject`] can have,
 /// with the second one, and so on, until there is none left. Returns how many made the call
-/// fail. Allocations by vmalloc are left out.
+/// fail.
 #[track_caller]
 pub fn each_fault(what: &str, mut once: impl FnMut(&mut Injection)) -> u32 {
+    let failed = each_nth(what, false, &mut once);
+    // vmalloc reports its failure.
+    let reports = Reports::of("vmalloc error");
+    let failed_there = each_nth(&format!("{what}, in vmalloc"), true, &mut once);
+    reports.end();
+    failed + failed_there
+}
+
+/// The same, for the faults in vmalloc or for all others.
+#[track_caller]
+fn each_nth(what: &str, vmalloc: bool, once: &mut impl FnMut(&mut Injection)) -> u32 {
     static VMALLOC: OnceLock<Range<u64>> = OnceLock::new();
-    // It would report its failure, which is a splat.
-    let vmalloc = VMALLOC.get_or_init(|| function("__vmalloc_node_range_noprof"));
+    let function = VMALLOC.get_or_init(|| function("__vmalloc_node_range_noprof"));
     let (mut injected, mut failed) = (0, 0);
     for kind in FAULTS {
-        set_up_faults(&[kind], vmalloc.clone());
+        match vmalloc {
+            true => set_up_faults(&[kind], function.clone(), NOWHERE),
+            false => set_up_faults(&[kind], ANYWHERE, function.clone()),
+        }
         for nth in 1.. {
             let (mut reached, mut fails) = (false, false);
             // What the allocators allocate for themselves differs from call to call, so one call
@@ -381,6 +417,7 @@ pub fn each_fault(what: &str, mut once: impl FnMut(&mut Injection)) -> u32 {
             for _ in 0..TRIES {
                 let mut fault = Injection {
                     nth,
+                    vmalloc,
                     reached: false,
                     failed: false,
                 };
@@ -398,7 +435,9 @@ pub fn each_fault(what: &str, mut once: impl FnMut(&mut Injection)) -> u32 {
             failed += u32::from(fails);
         }
     }
-    eprintln!("{what}: {injected} faults, of which {failed} made it fail");
+    if injected > 0 || !vmalloc {
+        eprintln!("{what}: {injected} faults, of which {failed} made it fail");
+    }
     failed
 }
 

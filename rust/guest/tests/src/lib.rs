@@ -29,7 +29,7 @@ pub use kernel::{
 pub use load::Load;
 pub use map::{Map, PAGE, memfd};
 pub use process::{Blocked, Child, Exit, in_child, sleeps, stop, stop_traced, within};
-pub use scm_rights::{receive, send, sockets};
+pub use scm_rights::{receive, send, sockets, try_receive, try_send};
 pub use userfault::Userfault;
 
 use libc::c_int;

@@ -15,7 +15,8 @@ use rustix::{
     },
     io::{Errno, fcntl_dupfd_cloexec, write},
     ioctl::opcode,
-    mm::{MapFlags, MprotectFlags, ProtFlags, mmap},
+    mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags, mlock, mmap, mprotect, mremap_fixed},
+    process::{Pid, WaitOptions, waitpid},
 };
 use std::{
     cell::Cell,
@@ -233,6 +234,14 @@ fn response_faults() {
             map.unmap(0..2);
             fixture.expect_quiet(0, &format!("munmap after {fault:?}"));
         }
+    }
+}
+
+/// Some calls name a lack of memory in their own way.
+fn no_memory(error: Errno) -> io::Error {
+    match error {
+        Errno::AGAIN | Errno::NOBUFS => Errno::NOMEM.into(),
+        error => error.into(),
     }
 }
 
@@ -630,11 +639,13 @@ fn creation_with_faults() {
     let _mr = fixture.watch(map, 0..1, 7);
     map.unmap(0..1);
     let left = || (open_files(), counter_pages());
-    let before = left();
+    let in_vmalloc = Cell::new(0);
     let create = |fault: &mut Injection, create: Create| {
+        let before = left();
         let made = fault.inject(|| create(context));
         if made.is_err() {
             assert_eq!(left(), before, "files and queues, after it failed");
+            in_vmalloc.set(in_vmalloc.get() + u32::from(fault.is_of_vmalloc()));
         }
         made.or_else(|_| create(context)).expect("create it then");
         assert_eq!(left(), before, "files and queues");
@@ -647,6 +658,7 @@ fn creation_with_faults() {
         create(fault, &NotifyQueue::alloc)
     });
     assert!(failed > 3 && second > 3, "{failed}, {second}");
+    assert!(in_vmalloc.take() > 0, "counter pages that failed");
     let forms = [
         ("CREATE_MMU_NOTIFY by write()", Form::Write),
         ("CREATE_MMU_NOTIFY by INVOKE_WRITE", Form::Invoke),
@@ -656,6 +668,7 @@ fn creation_with_faults() {
             create(fault, &|context| create_by(form, context));
         });
         assert!(failed > 3, "{what}: {failed}");
+        assert!(in_vmalloc.take() > 0, "{what}: counter pages that failed");
     }
     // More files than a child has room for: its table has to grow.
     let dup = |_: &Context| Ok(fcntl_dupfd_cloexec(&fixture.queue, 64)?.into());
@@ -709,6 +722,13 @@ fn destroy_by(form: Form, fixture: &Fixture, mr_handle: u32) -> io::Result<u32> 
     let response: ib_uverbs_ex_dereg_mr_notify_resp =
         call_command(form, context, IB_USER_VERBS_EX_CMD_DEREG_MR_NOTIFY, &input)?;
     Ok(response.events_reported)
+}
+
+/// MR_DESTROY without the attribute of the count.
+fn destroy_uncounted(fixture: &Fixture, handle: u32) -> io::Result<()> {
+    Request::new(UVERBS_OBJECT_MR, UVERBS_METHOD_MR_DESTROY)
+        .object(UVERBS_ATTR_DESTROY_MR_HANDLE, handle.into())
+        .call(&*fixture.context, fixture.context.driver_id())
 }
 
 /// DEREG_MR, which returns no count.
@@ -796,11 +816,16 @@ fn deregistration_with_faults() {
     type Destroy = fn(&Fixture, u32) -> io::Result<Option<u32>>;
     let fixture = Fixture::new();
     let map = Map::new(2);
-    let forms: [(&str, Destroy, u32); 4] = [
+    let forms: [(&str, Destroy, u32); 5] = [
         (
             "MR_DESTROY",
             |f, handle| destroy_by_ioctl(f, handle).map(Some),
             1,
+        ),
+        (
+            "MR_DESTROY without a count",
+            |f, handle| destroy_uncounted(f, handle).map(|()| None),
+            0,
         ),
         (
             "DEREG_MR_NOTIFY by write()",
@@ -855,14 +880,17 @@ fn reading_with_faults() {
     let map = Map::new(REGIONS);
     let mrs = fixture.watch_each(map, 0..REGIONS);
     let rounds = Cell::new(0);
+    let expect_all = |what, read: Vec<Record>| {
+        let events = read.into_iter().chain(read_all(queue));
+        let cookies = events.map(|event| event.cookie as usize);
+        assert!(cookies.eq(0..REGIONS), "{what}: not each event once");
+        rounds.set(rounds.get() + 1);
+    };
     let pending = |what, run: &dyn Fn() -> io::Result<Vec<Record>>| {
         each_fault(what, |fault| {
             map.map_over(0..REGIONS);
             let read = fault.inject(run).or_else(|_| run()).expect("what failed");
-            let events = read.into_iter().chain(read_all(queue));
-            let cookies = events.map(|event| event.cookie as usize);
-            assert!(cookies.eq(0..REGIONS), "{what}: not each event once");
-            rounds.set(rounds.get() + 1);
+            expect_all(what, read);
         })
     };
     let read = || {
@@ -872,6 +900,25 @@ fn reading_with_faults() {
     };
     // A copy is repeated.
     assert_eq!(pending("read()", &read), 0, "calls of read() that failed");
+    let what = "read(), which waits";
+    let failed = each_fault(what, |fault| {
+        queue.set_nonblocking(false).expect("F_SETFL");
+        let fd = queue.as_fd().try_clone_to_owned().expect("dup()");
+        let (waiting, mut injected) = (NotifyQueue::from(fd), fault.clone());
+        let reader = Blocked::spawn(&[libc::SYS_read], move || {
+            let mut events = [Event::default(); REGIONS];
+            let count = injected.inject(|| waiting.read(&mut events));
+            let count = count.expect("read() of what came");
+            let events = events[..count].iter().map(|&event| event.into());
+            (injected, events.collect())
+        });
+        map.map_over(0..REGIONS);
+        let (injected, read) = within(what, || reader.join());
+        *fault = injected;
+        queue.set_nonblocking(true).expect("F_SETFL");
+        expect_all(what, read);
+    });
+    assert_eq!(failed, 0, "calls of read() that failed");
     // More pieces than fit on the kernel's stack.
     let pieces = [size_of::<Event>() / 2; 2 * REGIONS + 4];
     let readv = || {
@@ -1006,6 +1053,8 @@ fn uring_with_faults() {
 #[test]
 fn mapping_with_faults() {
     type FaultIn = fn(Map) -> io::Result<u8>;
+    /// The pages that a page table can map.
+    const TABLE: usize = 512;
     let fixture = Fixture::new();
     let map = Map::new(1);
     let _mr = fixture.watch(map, 0..1, 7);
@@ -1018,34 +1067,161 @@ fn mapping_with_faults() {
         assert_eq!(generation.expect("mmap() then"), 1, "generation");
     });
     assert!(failed > 0, "calls of mmap() that failed");
-    let forms: [(&str, FaultIn, bool); 2] = [
+    // Whether the page is there before, and whether a call fails.
+    let forms: [(&str, bool, FaultIn, bool); 5] = [
         // The kernel tries again.
-        ("the first load", |page| Ok(page.load(0)), false),
+        ("the first load", false, |page| Ok(page.load(0)), false),
         (
             "MADV_POPULATE_READ",
+            false,
             |page| {
                 page.advise(0..1, libc::MADV_POPULATE_READ)?;
                 Ok(page.load(0))
             },
             true,
         ),
+        (
+            "mlock()",
+            false,
+            |page| {
+                // SAFETY: No reference points into a map.
+                unsafe { mlock(page.void(0), PAGE) }.map_err(no_memory)?;
+                Ok(page.load(0))
+            },
+            true,
+        ),
+        (
+            "mprotect()",
+            true,
+            |page| {
+                for protection in [MprotectFlags::empty(), MprotectFlags::READ] {
+                    // SAFETY: No reference points into a map.
+                    unsafe { mprotect(page.void(0), PAGE, protection) }?;
+                }
+                Ok(page.load(0))
+            },
+            false,
+        ),
+        (
+            "mremap()",
+            true,
+            |page| {
+                let (from, to) = (page.void(0), page.void(TABLE));
+                // SAFETY: No reference points into a map.
+                unsafe { mremap_fixed(from, PAGE, PAGE, MremapFlags::MAYMOVE, to) }?;
+                Ok(page.load(TABLE))
+            },
+            true,
+        ),
     ];
-    for (what, fault_in, fails) in forms {
+    for (what, loaded, fault_in, fails) in forms {
         let failed = each_fault(what, |fault| {
-            // All that one page table can map, so it does not exist yet.
-            let place = Map::untouched(512);
+            // All that two page tables can map, so they do not exist yet.
+            let place = Map::untouched(2 * TABLE);
             let (addr, flags) = (place.void(0), MapFlags::SHARED | MapFlags::FIXED);
             // SAFETY: No reference points into a map.
             let page = unsafe { mmap(addr, PAGE, ProtFlags::READ, flags, queue, 0) };
             let page = Map::existing(page.expect("mmap"));
+            assert!(!loaded || page.load(0) == 1, "{what}: generation before");
             let generation = fault.inject(|| fault_in(page)).or_else(|_| fault_in(page));
             assert_eq!(generation.expect(what), 1, "{what}: generation");
-            place.unmap(0..512);
+            place.unmap(0..2 * TABLE);
         });
         assert_eq!(failed > 0, fails, "{what}: {failed}");
     }
     assert_eq!(counter_pages(), queues, "queues");
     fixture.expect(&[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
+}
+
+/// G4: G5: G8: whatever fails while the FD and the page are shared by fork(), or the FD by a
+/// socket, no event is lost and nothing is left.
+#[test]
+fn sharing_with_faults() {
+    let queues = counter_pages();
+    let fixture = Fixture::new();
+    let queue = &fixture.queue;
+    let map = Map::new(2);
+    let mut mr = fixture.watch(map, 0..2, 7);
+    let rounds = Cell::new(0_u32);
+    let shared = |what, share: &dyn Fn(&mut Injection)| {
+        let failed = each_fault(what, |fault| {
+            // The other page stays pinned, so fork() copies it.
+            map.map_over(0..1);
+            rounds.set(rounds.get() + 1);
+            share(fault);
+            assert_eq!(cookies(&fixture), [7], "{what}: regions with an event");
+            let generation = fixture.page.load();
+            assert_eq!(generation, rounds.get().into(), "{what}: generation");
+        });
+        assert!(failed > 0, "{what}: none failed");
+    };
+    let fork = || {
+        // SAFETY: The child makes one call, which does not panic, and ends.
+        match unsafe { libc::fork() } {
+            -1 => Err(io::Error::last_os_error()),
+            0 => {
+                let read = queue.read(&mut [Event::default()]);
+                let refused = read.is_err_and(|e| e.raw_os_error() == Some(libc::EPERM));
+                // SAFETY: It has no preconditions.
+                unsafe { libc::_exit(i32::from(!refused)) }
+            }
+            pid => Ok(Pid::from_raw(pid)),
+        }
+    };
+    shared("fork()", &|fault| {
+        let child = match fault.inject(fork) {
+            // One retry in eight: there are hundreds of faults, and a child takes long.
+            Err(_) if !rounds.get().is_multiple_of(8) => return,
+            forked => forked.or_else(|_| fork()).expect("fork() then"),
+        };
+        let ended = waitpid(child, WaitOptions::empty()).expect("waitpid()");
+        let (_, status) = ended.expect("the child has ended");
+        assert_eq!(
+            status.exit_status(),
+            Some(0),
+            "the child, whose read() fails"
+        );
+    });
+    let expect_pending = |queue: &NotifyQueue| {
+        let page = queue.generation_page().expect("map the counter page");
+        assert_eq!(
+            page.load(),
+            rounds.get().into(),
+            "generation, by another FD"
+        );
+        let ready = queue.poll(Some(NOW)).expect("poll()");
+        assert_eq!(ready, PollFlags::IN, "poll() of another FD");
+    };
+    shared("sendmsg() of the FD", &|fault| {
+        let (ours, theirs) = sockets();
+        let send = || try_send(&ours, queue).map_err(no_memory);
+        fault.inject(send).or_else(|_| send()).expect("send then");
+        expect_pending(&receive(&theirs));
+    });
+    shared("recvmsg() of the FD", &|fault| {
+        fault.in_child(|fault| {
+            let (ours, theirs) = sockets();
+            // As many files as a child has room for: its table has to grow.
+            let mut files = Vec::new();
+            while files.last().map_or(0, OwnedFd::as_raw_fd) < 62 {
+                files.push(ours.try_clone().expect("dup()"));
+            }
+            let before = open_files();
+            send(&ours, queue);
+            let received = fault.inject(|| try_receive(&theirs)).unwrap_or_else(|_| {
+                // The message may be gone.
+                send(&ours, queue);
+                receive(&theirs)
+            });
+            expect_pending(&received);
+            drop(received);
+            assert_eq!(open_files(), before, "open files");
+        });
+    });
+    let reported = mr.destroy().expect("deregister");
+    assert_eq!(reported, rounds.get(), "events reported");
+    drop((mr, fixture));
+    assert_eq!(counter_pages(), queues, "queues");
 }
 
 /// G5: G8: whatever fails while a file or its context is closed, nothing is left.
@@ -1156,11 +1332,13 @@ fn invalidation_without_memory() {
     let fixture = Fixture::new();
     let map = Map::new(2);
     let _mr = fixture.watch(map, 0..2, 7);
-    let fail = FailAllocation::new();
+    let fail = FailAllocation::of_any_kind();
     // The first one is queued, the second one is merged.
     for page in 0..2 {
         let ((), failed) = fail.at(1, || map.dont_need(page..page + 1));
         assert!(!failed, "page {page}: an allocation");
     }
     fixture.expect(&[Record::new(map, 0..2, 7, 1, MAYBE_STALE)]);
+    let ((), pages) = fail.count(|| map.store(0, 0x22));
+    assert!(pages > 0, "a new page is not counted");
 }
