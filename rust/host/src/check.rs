@@ -99,15 +99,20 @@ pub fn model<R: Debug + Ord + Send + 'static>(
 ) -> BTreeSet<R> {
     let (results, interleavings) = run(preemptions, f);
     let bound = preemptions.map_or("none".into(), |n| format!("{n} preemptions"));
+    let repairs = if repairs() {
+        ""
+    } else {
+        ", without the repair of atomics"
+    };
 
     report(&format!(
-        "{interleavings} interleavings, bound: {bound}, results: {results:?}"
+        "{interleavings} interleavings, bound: {bound}{repairs}, results: {results:?}"
     ));
     results
 }
 
 /// Runs `f` twice, for a model that is too large in every order with the repair of atomics, see
-/// [`crate::sync::atomic`]: in every order without it, and with it as [`model`].
+/// [`crate::sync::atomic`]: without it and a bound, where loom misses orders, and with both.
 pub fn model_twice<R: Debug + Ord + Send + 'static>(
     preemptions: usize,
     f: impl Fn() -> R + Send + Sync + 'static,

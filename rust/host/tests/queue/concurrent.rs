@@ -68,14 +68,17 @@ impl Setup {
         })
     }
 
-    fn start(&self, mr: usize) -> Registration<Watch> {
+    fn try_start(&self, mr: usize) -> Result<Registration<Watch>> {
         Watch::start(
             self.queue.as_arc_borrow(),
             &self.mm,
             MRS[mr].clone(),
             mr as u64,
         )
-        .unwrap()
+    }
+
+    fn start(&self, mr: usize) -> Registration<Watch> {
+        self.try_start(mr).unwrap()
     }
 
     fn live(&self, mr: usize) -> Registration<Watch> {
@@ -1093,9 +1096,160 @@ fn partial_fault_stop() {
     assert_eq!(results, BTreeSet::from([(0, 1), (0, 2), (1, 1), (1, 2)]));
 }
 
-/// G4, G5, G8: an invalidation, a read whose buffer has room for a part only, another invalidation,
-/// a close, the end of a registration and of a watch, all at once.
-fn all_at_once(invalidate: bool, close: bool) -> BTreeSet<[u32; 2]> {
+/// G4, G5: while the buffer of a read has room for a part of the events, the queue is closed. What
+/// is copied out is counted, and nothing is later.
+#[test]
+fn partial_fault_close() {
+    let results = check::model(None, || {
+        let setup = Setup::new();
+        let watches = [setup.live(0), setup.live(1)];
+
+        setup.unmap(0..usize::MAX);
+
+        let read = spawn(&setup, |setup| {
+            let mut sink = Sink {
+                fault: Fault::Part,
+                ..Sink::default()
+            };
+
+            (setup.queue.read(4, true, &mut sink), sink.records)
+        });
+
+        setup.queue.close();
+
+        let counts = watches.map(queue::stop);
+        let (result, records) = read.join().unwrap();
+        let cookies: Vec<_> = records.iter().map(|record| record.cookie).collect();
+
+        assert_eq!(cookies, [0, 1][..records.len()]);
+        assert_eq!(counts, [0, 1].map(|mr| cookies.contains(&mr).into()));
+        assert_eq!(
+            result,
+            if records.is_empty() {
+                Err(EIO)
+            } else {
+                Ok(records.len())
+            }
+        );
+        assert_eq!(setup.read(4, true).0, Err(EIO));
+        records.len()
+    });
+
+    assert_eq!(results, BTreeSet::from([0, 1, 2]));
+}
+
+/// G8: a watch that is started while its queue is closed is refused, or queues its event before the
+/// close or not at all.
+#[test]
+fn start_close() {
+    let results = check::model(None, || {
+        let setup = Setup::new();
+        let close = spawn(&setup, |setup| setup.queue.close());
+        let unmap = spawn(&setup, |setup| setup.unmap(first_page(0)));
+        let watch = setup.try_start(0);
+        let started = watch.is_ok();
+
+        match &watch {
+            Ok(watch) => go_live(watch),
+            Err(error) => assert_eq!(*error, EIO),
+        }
+        close.join().unwrap();
+        unmap.join().unwrap();
+
+        let generation = setup.generation.load();
+
+        setup.unmap(last_page(0));
+        assert_eq!(setup.generation.load(), generation);
+        assert_eq!(setup.read(4, false).0, Err(EIO));
+        assert_eq!(setup.queue.poll(&File, PollTable::NULL), POLLERR);
+        assert_eq!(watch.map_or(0, queue::stop), 0);
+        (started, generation)
+    });
+
+    assert_eq!(results, BTreeSet::from([(false, 1), (true, 1), (true, 2)]));
+}
+
+/// G3, G5: while another MR of the same queue is deregistered, one is registered without a gap. The
+/// event of the former is dropped, that of the latter is not.
+#[test]
+fn start_stop() {
+    let results = check::model(Some(4), || {
+        let setup = Setup::new();
+        let other = setup.live(0);
+        let changed = sync::Arc::new(AtomicBool::new(false));
+        let unmap = {
+            let changed = changed.clone();
+
+            spawn(&setup, move |setup| {
+                setup
+                    .mm
+                    .invalidate(Event::UNMAP, 0..usize::MAX, || changed.store(true, SeqCst));
+            })
+        };
+        let stop = spawn(&setup, move |_| queue::stop(other));
+        let watch = setup.start(1);
+        let stale = !changed.load(SeqCst);
+
+        go_live(&watch);
+        assert_eq!(stop.join().unwrap(), 0);
+        unmap.join().unwrap();
+
+        let records = setup.drain();
+
+        assert!(records.iter().all(|record| record.cookie == 1));
+        assert!(!stale || records.len() == 1, "stale without an event");
+        assert_eq!(queue::stop(watch) as usize, records.len());
+        (stale, records.len())
+    });
+
+    assert_eq!(results, BTreeSet::from([(false, 0), (false, 1), (true, 1)]));
+}
+
+/// G5, G8: the page is freed while a reader takes an event, or sleeps.
+#[test]
+fn read_release() {
+    let results = check::model(None, || {
+        let setup = Setup::new();
+        let watch = setup.live(0);
+
+        setup.unmap_mr(0);
+
+        let read = spawn(&setup, |setup| {
+            let (result, records) = setup.read(4, false);
+
+            if result == Ok(1) {
+                assert_eq!(setup.read(4, false).0, Err(EIO));
+            } else {
+                assert_eq!(result, Err(EIO));
+            }
+            records.len()
+        });
+
+        setup.queue.release();
+        setup.queue.with_page(|page| assert!(page.is_none()));
+        setup.unmap_mr(0);
+
+        let events = read.join().unwrap();
+
+        assert_eq!(queue::stop(watch) as usize, events);
+        events
+    });
+
+    assert_eq!(results, BTreeSet::from([0, 1]));
+}
+
+/// What happens in [`all_at_once`] besides an invalidation, a read and a stop.
+#[derive(Clone, Copy, PartialEq)]
+enum Besides {
+    GoLiveAndClose,
+    GoLiveAndInvalidate,
+    InvalidateAndClose,
+}
+
+/// G4, G5, G8: an invalidation, a read whose buffer has room for a part only, the end of a watch,
+/// and two of these: another invalidation, a close, the end of a registration. Each is a thread of
+/// its own; loom has no more than five. Each two of the six are threads of one of the models.
+fn all_at_once(besides: Besides) -> BTreeSet<[u32; 2]> {
     check::model(Some(2), move || {
         let setup = Setup::new();
         let watch = setup.live(0);
@@ -1107,22 +1261,32 @@ fn all_at_once(invalidate: bool, close: bool) -> BTreeSet<[u32; 2]> {
                 ..Sink::default()
             })
         });
-        let end = spawn(&setup, move |setup| {
-            if invalidate {
-                setup.unmap(MRS[1].clone());
+
+        if besides == Besides::InvalidateAndClose {
+            go_live(&registering);
+        }
+
+        let first_besides = spawn(&setup, move |setup| {
+            if besides == Besides::InvalidateAndClose {
+                setup.unmap_mr(1);
+            } else {
+                go_live(&registering);
             }
-            if close {
+            registering
+        });
+        let second_besides = spawn(&setup, move |setup| {
+            if besides == Besides::GoLiveAndInvalidate {
+                setup.unmap_mr(1);
+            } else {
                 setup.queue.close();
             }
         });
-
-        go_live(&registering);
-
         let first = queue::stop(watch);
 
         unmap.join().unwrap();
-        end.join().unwrap();
+        second_besides.join().unwrap();
 
+        let registering = first_besides.join().unwrap();
         let mut records = read.join().unwrap();
 
         records.extend(setup.drain());
@@ -1138,32 +1302,32 @@ fn all_at_once(invalidate: bool, close: bool) -> BTreeSet<[u32; 2]> {
             assert_eq!(records.count(), *count as usize);
         }
         // G1: the second MR is always reported, unless the queue is closed.
-        assert!(close || counts[1] != 0);
+        assert!(besides != Besides::GoLiveAndInvalidate || counts[1] != 0);
         counts
     })
 }
 
 #[test]
-fn all_at_once_with_close() {
+fn all_at_once_with_go_live_and_close() {
     assert_eq!(
-        all_at_once(false, true),
+        all_at_once(Besides::GoLiveAndClose),
         BTreeSet::from([[0, 0], [0, 1], [1, 0], [1, 1]])
     );
 }
 
 #[test]
-fn all_at_once_with_two_invalidations_and_close() {
+fn all_at_once_with_go_live_and_invalidation() {
     assert_eq!(
-        all_at_once(true, true),
-        BTreeSet::from([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]])
+        all_at_once(Besides::GoLiveAndInvalidate),
+        BTreeSet::from([[0, 1], [0, 2], [1, 1], [1, 2]])
     );
 }
 
 #[test]
-fn all_at_once_without_close() {
+fn all_at_once_with_invalidation_and_close() {
     assert_eq!(
-        all_at_once(true, false),
-        BTreeSet::from([[0, 1], [0, 2], [1, 1], [1, 2]])
+        all_at_once(Besides::InvalidateAndClose),
+        BTreeSet::from([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]])
     );
 }
 

@@ -27,7 +27,6 @@ use loom::thread;
 use proptest::{collection::vec, prelude::*};
 use std::{
     cell::{Cell, Ref, RefCell},
-    collections::{BTreeMap, BTreeSet},
     ops::Range,
     rc::Rc,
 };
@@ -182,151 +181,223 @@ enum Happened {
     Closed,
 }
 
-/// What has been seen of a watch.
-struct Seen {
-    mr: Range<usize>,
-    live: bool,
-    /// Since the last delivery.
-    pages: BTreeSet<usize>,
-    reasons: u32,
-    /// Of the pending event.
-    generation: Option<u64>,
-    delivered: u32,
-}
-
-/// What is to be seen of a queue: what follows from the list, worked out as it grows.
+/// A plain list of what has happened to a queue. What is to be seen of it follows from the list.
 #[derive(Default)]
-struct View {
-    watches: BTreeMap<usize, Seen>,
-    generation: u64,
-    closed: bool,
-    polled: bool,
-    asleep: bool,
-    wakeups: usize,
+struct History(Vec<Happened>);
+
+/// A watch, and the part of the list from its start until it is stopped.
+struct Watched<'a> {
+    cookie: usize,
+    mr: &'a Range<usize>,
+    list: &'a [Happened],
+    /// Where in the whole list it begins.
+    start: usize,
+    stopped: bool,
 }
 
-impl View {
-    fn apply(&mut self, happened: Happened) {
-        match happened {
-            Happened::Started(cookie, mr) => {
-                let seen = Seen {
-                    mr,
-                    live: false,
-                    pages: BTreeSet::new(),
-                    reasons: 0,
-                    generation: None,
-                    delivered: 0,
-                };
+/// An event, which is pending from one position in the list until another, if there is an end.
+struct Due {
+    from: usize,
+    until: Option<usize>,
+    /// Without its generation, which follows from the other events.
+    record: Record,
+}
 
-                self.watches.insert(cookie, seen);
-            }
-            Happened::WentLive(cookie) => {
-                self.watches.get_mut(&cookie).unwrap().live = true;
-                self.queue_event(cookie);
-            }
-            Happened::Invalidated(range, reason) => {
-                for cookie in self.watches.keys().copied().collect::<Vec<_>>() {
-                    let seen = self.watches.get_mut(&cookie).unwrap();
-                    let pages = |range: &Range<usize>| range.start / PAGE..range.end.div_ceil(PAGE);
-                    let (mr, range) = (pages(&seen.mr), pages(&range));
-                    let pages = mr.start.max(range.start)..mr.end.min(range.end);
+impl Due {
+    /// Whether it is pending when what is at the position has happened.
+    fn is_pending(&self, at: usize) -> bool {
+        self.from <= at && self.until.is_none_or(|until| at < until)
+    }
+}
 
-                    if !pages.is_empty() {
-                        seen.pages.extend(pages);
-                        seen.reasons |= reason;
-                        self.queue_event(cookie);
-                    }
-                }
-            }
-            Happened::Delivered(cookie) => {
-                let seen = self.watches.get_mut(&cookie).unwrap();
+impl Watched<'_> {
+    fn is_delivery(&self, happened: &Happened) -> bool {
+        matches!(happened, Happened::Delivered(cookie) if *cookie == self.cookie)
+    }
 
-                seen.pages.clear();
-                seen.reasons = 0;
-                seen.generation = None;
-                seen.delivered += 1;
+    /// Returns the pages of the MR that something has changed, and the reason.
+    fn change(&self, happened: &Happened) -> Option<(Range<usize>, u32)> {
+        let Happened::Invalidated(range, reason) = happened else {
+            return None;
+        };
+        let pages = |range: &Range<usize>| range.start / PAGE..range.end.div_ceil(PAGE);
+        let (mr, range) = (pages(self.mr), pages(range));
+        let pages = mr.start.max(range.start)..mr.end.min(range.end);
+
+        (!pages.is_empty()).then_some((pages, *reason))
+    }
+
+    /// Whether something has changed since the last delivery.
+    fn has_changed(&self) -> bool {
+        let list = self.list.iter().rev();
+
+        list.take_while(|happened| !self.is_delivery(happened))
+            .any(|happened| self.change(happened).is_some())
+    }
+
+    /// Returns all of its events. Each is of what has changed from one delivery to the next, and is
+    /// pending from the first change on, but not before the watch is live.
+    fn events(&self) -> Vec<Due> {
+        let went_live =
+            |happened: &Happened| matches!(happened, Happened::WentLive(c) if *c == self.cookie);
+        let Some(live) = self.list.iter().position(went_live) else {
+            return Vec::new();
+        };
+        let parts = self.list.split_inclusive(|h| self.is_delivery(h));
+        let mut start = 0;
+        let mut events = Vec::new();
+
+        for part in parts {
+            let end = start + part.len();
+            let changes = || part.iter().filter_map(|happened| self.change(happened));
+
+            if let Some(first) = part.iter().position(|h| self.change(h).is_some()) {
+                let pages = changes().map(|(pages, _)| pages);
+                let first_page = pages.clone().map(|pages| pages.start).min().unwrap();
+                let last_page = pages.map(|pages| pages.end).max().unwrap();
+                let delivered = part.last().is_some_and(|last| self.is_delivery(last));
+
+                events.push(Due {
+                    from: self.start + live.max(start + first),
+                    until: if delivered {
+                        Some(self.start + end - 1)
+                    } else {
+                        self.stopped.then_some(self.start + end)
+                    },
+                    record: Record {
+                        cookie: self.cookie as u64,
+                        start: (first_page * PAGE).max(self.mr.start) as u64,
+                        end: (last_page * PAGE).min(self.mr.end) as u64,
+                        generation: 0,
+                        reasons: changes().fold(0, |reasons, (_, reason)| reasons | reason),
+                        reserved: 0,
+                    },
+                });
             }
-            Happened::Stopped(cookie) => {
-                self.watches.remove(&cookie);
-            }
-            Happened::Polled => self.polled = true,
-            Happened::FellAsleep => self.asleep = true,
-            Happened::WokeUp => self.asleep = false,
-            Happened::PassedOn => {
-                if !self.closed && !self.is_empty() {
-                    self.wake();
-                }
-            }
-            Happened::Closed => {
-                if !self.closed {
-                    self.closed = true;
-                    self.generation += 1;
-                    self.wakeups += 1;
-                    self.asleep = false;
-                }
-            }
+            start = end;
         }
+        events
     }
+}
 
-    /// Queues the event of a watch if there has to be one, and is not yet.
-    fn queue_event(&mut self, cookie: usize) {
-        let was_empty = self.is_empty();
-        let seen = self.watches.get_mut(&cookie).unwrap();
+impl History {
+    fn watches(&self) -> impl Iterator<Item = Watched<'_>> {
+        self.0.iter().enumerate().filter_map(|(start, happened)| {
+            let Happened::Started(cookie, mr) = happened else {
+                return None;
+            };
+            let list = &self.0[start..];
+            let stop = list
+                .iter()
+                .position(|happened| matches!(happened, Happened::Stopped(c) if c == cookie));
 
-        if seen.live && !self.closed && seen.reasons != 0 && seen.generation.is_none() {
-            self.generation += 1;
-            seen.generation = Some(self.generation);
-            if was_empty {
-                self.wake();
-            }
-        }
-    }
-
-    fn wake(&mut self) {
-        if self.polled || self.asleep {
-            self.wakeups += 1;
-            self.asleep = false;
-        }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.watches.values().all(|seen| seen.generation.is_none())
-    }
-
-    /// Returns the pending events. They are in the order of their generations.
-    fn pending(&self) -> Vec<Record> {
-        let mut records: Vec<_> = self
-            .watches
-            .iter()
-            .filter_map(|(cookie, seen)| {
-                let generation = seen.generation?;
-                let first = seen.pages.first().unwrap() * PAGE;
-                let last = seen.pages.last().unwrap() * PAGE + PAGE;
-
-                Some(Record {
-                    cookie: *cookie as u64,
-                    start: first.max(seen.mr.start) as u64,
-                    end: last.min(seen.mr.end) as u64,
-                    generation,
-                    reasons: seen.reasons,
-                    reserved: 0,
-                })
+            Some(Watched {
+                cookie: *cookie,
+                mr,
+                list: &list[..stop.unwrap_or(list.len())],
+                start,
+                stopped: stop.is_some(),
             })
-            .collect();
+        })
+    }
 
-        records.sort_unstable_by_key(|record| record.generation);
-        records
+    /// Returns how many events of a watch have been delivered.
+    fn delivered(&self, cookie: usize) -> usize {
+        let list = self.0.iter();
+
+        list.filter(|happened| matches!(happened, Happened::Delivered(c) if *c == cookie))
+            .count()
+    }
+
+    /// Returns where in the list the queue was closed, or the end.
+    fn open_until(&self) -> usize {
+        let mut list = self.0.iter();
+
+        list.position(|happened| matches!(happened, Happened::Closed))
+            .unwrap_or(self.0.len())
+    }
+
+    fn is_closed(&self) -> bool {
+        self.open_until() != self.0.len()
+    }
+
+    /// Returns all events that there have been, in order.
+    ///
+    /// One change is an event of several watches in the order in which they have started.
+    fn events(&self) -> Vec<Due> {
+        let open = self.open_until();
+        let mut events: Vec<_> = self.watches().flat_map(|watch| watch.events()).collect();
+
+        events.retain(|event| event.from < open);
+        events.sort_by_key(|event| event.from);
+        for (event, generation) in events.iter_mut().zip(1..) {
+            event.record.generation = generation;
+        }
+        events
+    }
+
+    /// Returns the pending events, in order. If the queue is closed nobody sees them.
+    fn pending(&self) -> Vec<Record> {
+        let events = self.events();
+        let pending = events.iter().filter(|event| event.until.is_none());
+
+        pending.map(|event| event.record).collect()
+    }
+
+    /// Returns where in the list the generation has advanced: for each event, and for the close.
+    fn generations(&self) -> Vec<usize> {
+        let events = self.events().into_iter().map(|event| event.from);
+        let closed = self.is_closed().then(|| self.open_until());
+
+        events.chain(closed).collect()
     }
 
     fn ready(&self) -> u32 {
-        if self.closed {
+        if self.is_closed() {
             POLLERR
-        } else if self.is_empty() {
+        } else if self.pending().is_empty() {
             0
         } else {
             POLLIN | POLLRDNORM
         }
     }
+
+    /// Returns where in the list waiters are woken, and whether a reader is still asleep.
+    ///
+    /// They are by an event if the queue was empty, by a reader that leaves events, and by the
+    /// close, by the latter also if nobody waits.
+    fn wakeups(&self) -> (Vec<usize>, bool) {
+        let (events, open) = (self.events(), self.open_until());
+        let is_empty = |at| !events.iter().any(|event| event.is_pending(at));
+        let (mut polled, mut asleep, mut wakeups) = (false, false, Vec::new());
+
+        for (at, happened) in self.0.iter().enumerate() {
+            let mut due = false;
+
+            match happened {
+                Happened::Polled => polled = true,
+                Happened::FellAsleep => asleep = true,
+                Happened::WokeUp => asleep = false,
+                Happened::PassedOn => due = at < open && !is_empty(at),
+                Happened::Closed => due = at == open,
+                _ => due = !is_empty(at) && is_empty(at - 1),
+            }
+            if due && (polled || asleep || at == open) {
+                wakeups.push(at);
+                asleep = false;
+            }
+        }
+        (wakeups, asleep)
+    }
+}
+
+/// What could be seen after an operation. In the end it is compared with the lists.
+struct Seen {
+    /// How long the lists were.
+    lengths: [usize; 2],
+    generations: [u64; 2],
+    /// Of both queues.
+    wakeups: usize,
 }
 
 struct Run {
@@ -336,7 +407,8 @@ struct Run {
     poller: Poller,
     /// The queue of each watch, by cookie, and its registration until it is stopped.
     watches: RefCell<Vec<(usize, Option<Registration<Watch>>)>>,
-    views: RefCell<[View; 2]>,
+    histories: RefCell<[History; 2]>,
+    seen: RefCell<Vec<Seen>>,
 }
 
 impl Run {
@@ -350,16 +422,17 @@ impl Run {
             mm,
             poller: Poller::default(),
             watches: RefCell::default(),
-            views: RefCell::default(),
+            histories: RefCell::default(),
+            seen: RefCell::default(),
         })
     }
 
     fn happened(&self, queue: usize, happened: Happened) {
-        self.views.borrow_mut()[queue].apply(happened);
+        self.histories.borrow_mut()[queue].0.push(happened);
     }
 
-    fn view(&self, queue: usize) -> Ref<'_, View> {
-        Ref::map(self.views.borrow(), |views| &views[queue])
+    fn history(&self, queue: usize) -> Ref<'_, History> {
+        Ref::map(self.histories.borrow(), |histories| &histories[queue])
     }
 
     /// Returns the cookie of a watch that has not been stopped.
@@ -381,7 +454,7 @@ impl Run {
             }
             Op::FailedStart(queue) => {
                 let borrow = self.queues[*queue].as_arc_borrow();
-                let expected = if self.view(*queue).closed {
+                let expected = if self.history(*queue).is_closed() {
                     EIO
                 } else {
                     ENOMEM
@@ -430,7 +503,7 @@ impl Run {
 
                 assert_eq!(
                     self.queues[*queue].poll(&File, table),
-                    self.view(*queue).ready()
+                    self.history(*queue).ready()
                 );
                 assert_eq!(check::locks(), locks);
             }
@@ -440,23 +513,45 @@ impl Run {
             }
             Op::Read(read) => self.read(read),
         }
-        self.compare();
+        self.look();
     }
 
     /// Returns how many watches have a pending event, queued or not.
     fn pending(&self) -> usize {
-        let views = self.views.borrow();
-        let watches = views.iter().flat_map(|view| view.watches.values());
+        let histories = self.histories.borrow();
+        let watches = histories.iter().flat_map(History::watches);
 
-        watches.filter(|seen| seen.reasons != 0).count()
+        watches
+            .filter(|watch| !watch.stopped && watch.has_changed())
+            .count()
+    }
+
+    fn look(&self) {
+        let lengths = self.histories.borrow().each_ref().map(|list| list.0.len());
+
+        self.seen.borrow_mut().push(Seen {
+            lengths,
+            generations: self.generations.each_ref().map(Generation::load),
+            wakeups: check::wakeups(),
+        });
     }
 
     fn compare(&self) {
-        let views = [0, 1].map(|queue| self.view(queue));
+        let histories = self.histories.borrow();
+        let generations = histories.each_ref().map(History::generations);
+        let wakeups = histories.each_ref().map(|history| history.wakeups().0);
+        let before = |list: &Vec<usize>, length| list.partition_point(|at| *at < length);
 
-        assert_eq!(check::wakeups(), views[0].wakeups + views[1].wakeups);
-        for (view, generation) in views.iter().zip(&self.generations) {
-            assert_eq!(generation.load(), view.generation);
+        for seen in self.seen.borrow().iter() {
+            let expected = |lists: &[Vec<usize>; 2]| {
+                [0, 1].map(|queue| before(&lists[queue], seen.lengths[queue]))
+            };
+
+            assert_eq!(
+                seen.generations,
+                expected(&generations).map(|count| count as u64)
+            );
+            assert_eq!(seen.wakeups, expected(&wakeups).iter().sum::<usize>());
         }
     }
 
@@ -468,11 +563,11 @@ impl Run {
             Ok(registration) => self.watches.borrow_mut().push((queue, Some(registration))),
             Err(error) => {
                 assert_eq!(error, EIO);
-                assert!(self.view(queue).closed);
+                assert!(self.history(queue).is_closed());
                 return;
             }
         }
-        assert!(!self.view(queue).closed);
+        assert!(!self.history(queue).is_closed());
         self.happened(queue, Happened::Started(cookie, mr.clone()));
 
         if live {
@@ -500,9 +595,9 @@ impl Run {
             (*queue, registration.take().unwrap())
         };
         let watch = go_live.then(|| registration.object().clone());
-        let expected = self.view(queue).watches[&cookie].delivered;
+        let expected = self.history(queue).delivered(cookie);
 
-        assert_eq!(queue::stop(registration), expected);
+        assert_eq!(queue::stop(registration) as usize, expected);
         self.happened(queue, Happened::Stopped(cookie));
         if let Some(watch) = watch {
             watch.as_arc_borrow().go_live();
@@ -520,20 +615,17 @@ impl Run {
 
             check::while_asleep(Some(Rc::new(move || {
                 slept.set(true);
-                assert_eq!(run.view(queue).ready(), 0);
+                assert_eq!(run.history(queue).ready(), 0);
 
                 let (ops, signal) = asleep.borrow_mut().next().unwrap_or_default();
 
                 run.happened(queue, Happened::FellAsleep);
                 ops.iter().for_each(|op| run.apply(op));
 
-                let view = run.view(queue);
-
-                let asleep = view.asleep;
+                let (_, asleep) = run.history(queue).wakeups();
 
                 // A wake-up is not lost. Another reader may have been faster.
-                assert!(!asleep || view.ready() == 0);
-                drop(view);
+                assert!(!asleep || run.history(queue).ready() == 0);
                 if signal || asleep {
                     check::set_signal_pending(thread::current().id(), true);
                 }
@@ -553,7 +645,7 @@ impl Run {
             end: None,
             fault: None,
         };
-        let (ready, locks) = (self.view(read.queue).ready(), check::locks());
+        let (ready, locks) = (self.history(read.queue).ready(), check::locks());
         let result = self.queues[read.queue].read(read.max, read.asleep.is_none(), &mut buffer);
 
         // What has nothing to deliver, and may not wait, takes no lock.
@@ -571,16 +663,16 @@ impl Run {
             let has_reason = buffer.end.is_some()
                 || buffer.done == read.max
                 || buffer.interrupted()
-                || self.view(read.queue).ready() != POLLIN | POLLRDNORM;
+                || self.history(read.queue).ready() != POLLIN | POLLRDNORM;
 
             assert!(has_reason, "a short count for no reason");
             Ok(buffer.done)
         } else if let Some(error) = buffer.end {
             Err(error)
-        } else if self.view(read.queue).closed {
+        } else if self.history(read.queue).is_closed() {
             Err(EIO)
         } else {
-            assert_eq!(self.view(read.queue).ready(), 0);
+            assert_eq!(self.history(read.queue).ready(), 0);
             Err(if read.asleep.is_some() {
                 ERESTARTSYS
             } else {
@@ -620,18 +712,18 @@ impl Buffer for Script {
             (self.room, self.faults) = (None, 0);
         }
 
-        let view = self.run.view(self.read.queue);
+        let history = self.run.history(self.read.queue);
         let limit = self
             .room
             .take()
             .unwrap_or(LIMIT)
             .min(self.read.max - self.done);
-        let mut expected = view.pending();
+        let mut expected = history.pending();
 
         expected.truncate(limit);
-        assert!(!view.closed && !records.is_empty());
+        assert!(!history.is_closed() && !records.is_empty());
         assert_eq!(records, expected);
-        drop(view);
+        drop(history);
         match self.copies.next() {
             None | Some(Copy::Succeed) => {
                 for record in records {
@@ -693,6 +785,7 @@ fn operations() {
             let run = Run::new();
 
             ops.iter().for_each(|op| run.apply(op));
+            run.compare();
 
             let watches = run.watches.borrow().len();
             let mut run = Rc::into_inner(run).unwrap();
@@ -753,8 +846,9 @@ fn run(ops: impl IntoIterator<Item = Op>, events: usize) {
     for op in ops {
         run.apply(&op);
     }
-    assert_eq!(run.view(0).pending().len(), events);
+    assert_eq!(run.history(0).pending().len(), events);
     run.apply(&read(99, Vec::new(), None));
+    run.compare();
 }
 
 /// A buffer with room for one event that faults so many times in a row.
