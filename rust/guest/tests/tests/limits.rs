@@ -18,9 +18,11 @@ use std::{
 use uverbs_mmu_notify::{Event, Mr, MrArgs};
 use uverbs_mmu_notify_tests::*;
 
-/// `count`, or a part of it on the debug kernel, which is slow.
+/// `count`, or a part of it on the debug kernels, which are slow.
 fn many(count: usize) -> usize {
-    let is_debug = Path::new("/sys/kernel/debug/kmemleak").exists();
+    let is_debug = ["kmemleak", "kcsan"]
+        .iter()
+        .any(|file| Path::new("/sys/kernel/debug").join(file).exists());
     if is_debug { count / 50 } else { count }
 }
 
