@@ -33,6 +33,18 @@ pub fn bytes<T: Plain>(value: &T) -> Vec<u8> {
     unsafe { slice::from_raw_parts(ptr, size_of::<T>()) }.to_vec()
 }
 
+/// A mandatory attribute with this data, for [`Request::raw`].
+pub fn attr(id: u32, len: u16, data: u64) -> ib_uverbs_attr {
+    let mut attr = ib_uverbs_attr {
+        attr_id: id as u16,
+        len,
+        flags: UVERBS_ATTR_F_MANDATORY as u16,
+        ..Default::default()
+    };
+    attr.__bindgen_anon_1.data = data;
+    attr
+}
+
 /// Sends a command whose response goes to `response`, `room` bytes.
 pub fn send_command(
     form: Form,
@@ -58,16 +70,6 @@ pub fn send_command(
             Ok(())
         }
         Form::Invoke => {
-            let attr = |id: u32, len: usize, data: u64| {
-                let mut attr = ib_uverbs_attr {
-                    attr_id: id as u16,
-                    len: len as u16,
-                    flags: UVERBS_ATTR_F_MANDATORY as u16,
-                    ..Default::default()
-                };
-                attr.__bindgen_anon_1.data = data;
-                attr
-            };
             // Up to eight bytes are in the attribute itself.
             let data = match input.first_chunk() {
                 Some(word) if input.len() == 8 => u64::from_ne_bytes(*word),
@@ -79,8 +81,8 @@ pub fn send_command(
             // checks the address of the response.
             let mut request = unsafe {
                 request
-                    .raw(attr(UVERBS_ATTR_CORE_IN, input.len(), data))
-                    .raw(attr(UVERBS_ATTR_CORE_OUT, room, response as u64))
+                    .raw(attr(UVERBS_ATTR_CORE_IN, input.len() as u16, data))
+                    .raw(attr(UVERBS_ATTR_CORE_OUT, room as u16, response as u64))
             };
             context.call(&mut request)
         }

@@ -37,17 +37,6 @@ use uverbs_mmu_notify_tests::*;
 /// More often than the kernel retries.
 const ALWAYS: u32 = 1000;
 
-fn attr(id: u32, len: u16, data: u64) -> ib_uverbs_attr {
-    let mut attr = ib_uverbs_attr {
-        attr_id: id as u16,
-        len,
-        flags: UVERBS_ATTR_F_MANDATORY as u16,
-        ..Default::default()
-    };
-    attr.__bindgen_anon_1.data = data;
-    attr
-}
-
 /// Where the kernel fails to write a response.
 #[derive(Clone, Copy, Debug)]
 enum Fault {

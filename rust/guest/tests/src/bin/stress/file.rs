@@ -19,7 +19,7 @@ use std::{
 };
 use uverbs_mmu_notify::{GenerationPage, NotifyQueue};
 
-/// How many changes are kept. A process never falls so far behind.
+/// Number of changes in the log. A process that falls further behind fails.
 const KEPT: u64 = 4096;
 
 #[repr(C)]
@@ -29,7 +29,7 @@ struct Change {
     counters: [[AtomicU64; COMMON + 1]; PROCESSES],
 }
 
-/// One is made at a time: whoever makes it holds the lock of the file.
+/// The lock of the file serializes changes.
 #[repr(C)]
 pub struct FileChanges {
     begun: AtomicU64,
@@ -39,7 +39,10 @@ pub struct FileChanges {
 
 impl FileChanges {
     fn change(&self, number: u64) -> &Change {
-        assert!(number + KEPT > self.begun(), "so old a change is not kept");
+        assert!(
+            number + KEPT > self.begun(),
+            "the log no longer has change {number}"
+        );
         &self.changes[(number % KEPT) as usize]
     }
 
@@ -72,7 +75,7 @@ impl FileChanges {
         self.begun.store(number, SeqCst);
         change();
         for (place, to) in entry.counters.iter().enumerate() {
-            // A process that is at its end does not need them.
+            // A process that has ended needs no counters.
             let counters = counters
                 .load(place)
                 .into_iter()
