@@ -21,6 +21,8 @@ pub enum Kind {
     Thp,
     /// Huge pages of hugetlb.
     Huge,
+    /// The same in a shared mapping.
+    SharedHuge,
 }
 
 impl Kind {
@@ -28,13 +30,17 @@ impl Kind {
     fn unit(self) -> usize {
         match self {
             Thp => 32,
-            Huge => 512,
+            Huge | SharedHuge => 512,
             _ => 1,
         }
     }
 
     pub fn units(self) -> usize {
-        if self == Huge { 2 } else { UNITS }
+        if self.is_huge() { 2 } else { UNITS }
+    }
+
+    pub fn is_huge(self) -> bool {
+        matches!(self, Huge | SharedHuge)
     }
 
     pub fn is_file(self) -> bool {
@@ -87,7 +93,7 @@ impl Arena {
     /// Each unit of hugetlb is a mapping by itself: in Linux 7.3.4 mremap() of a part of a private
     /// mapping loses the reservations of the rest. So none of them is ever split here.
     fn map_at(&self, map: Map, units: Range<usize>, file: &OwnedFd) {
-        let step = if self.kind == Huge { 1 } else { units.len() };
+        let step = if self.kind.is_huge() { 1 } else { units.len() };
         for unit in units.step_by(step) {
             self.map_part(map, unit..unit + step, file);
         }
@@ -101,6 +107,7 @@ impl Arena {
                 Private | Copied | Thp => MapFlags::PRIVATE,
                 Shared | File => MapFlags::SHARED,
                 Huge => MapFlags::PRIVATE | MapFlags::HUGETLB,
+                SharedHuge => MapFlags::SHARED | MapFlags::HUGETLB,
             };
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: No reference points into a map.
@@ -118,7 +125,7 @@ impl Arena {
 
     /// Moves a unit away. With `keep` its mapping stays.
     pub fn move_away(&self, unit: usize, keep: bool, file: &OwnedFd) {
-        let keep = keep && self.kind != Huge;
+        let keep = keep && !self.kind.is_huge();
         let flags = if keep {
             MremapFlags::DONTUNMAP
         } else {

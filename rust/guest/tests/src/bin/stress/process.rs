@@ -47,12 +47,18 @@ pub const OPERATIONS: u64 = (THREADS * STEPS * ROUNDS) as u64;
 /// Each thread has an arena of each of these, whose mapping nobody else changes,
 pub const OWN: [Kind; 4] = [Kind::Private, Kind::Shared, Kind::File, Kind::Copied];
 /// and all use these, the last ones not as often.
-const ALL: [Kind; 4] = [Kind::Private, Kind::File, Kind::Thp, Kind::Huge];
+const ALL: [Kind; 5] = [
+    Kind::Private,
+    Kind::File,
+    Kind::Thp,
+    Kind::Huge,
+    Kind::SharedHuge,
+];
 pub const FIRST_HUGE: usize = 2;
 
-/// Pages of hugetlb that a process needs: two for each region, for the mapping, for what is
+/// Pages of hugetlb that a process needs: two for each region, for each mapping, for what is
 /// mapped over it, and for a child of each thread.
-pub const HUGE_PAGES: usize = 2 * (THREADS * (HUGE_SLOTS + 1) + 2);
+pub const HUGE_PAGES: usize = 2 * (THREADS * (HUGE_SLOTS + 1) + 4);
 
 /// Stops the readers of the common queue.
 #[derive(Default)]
@@ -136,7 +142,7 @@ pub fn live(
     shared.places[place].publish(queues.iter().map(|(queue, _)| queue));
     send(socket, &queues[COMMON].0);
     let own = OWN.iter().cycle().take(THREADS * OWN.len());
-    let all = ALL.iter().filter(|&&kind| huge || kind != Kind::Huge);
+    let all = ALL.iter().filter(|&&kind| huge || !kind.is_huge());
     let kinds = own.chain(all).chain(&[Kind::Private]).enumerate();
     let process = Process {
         place,

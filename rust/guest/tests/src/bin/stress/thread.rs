@@ -144,9 +144,9 @@ impl<'a> Thread<'a> {
         };
         match what {
             0..22 => {
-                let slot = match arena.kind {
-                    Kind::Huge => slot % HUGE_SLOTS,
-                    _ => HUGE_SLOTS + slot % (BELL - HUGE_SLOTS),
+                let slot = match arena.kind.is_huge() {
+                    true => slot % HUGE_SLOTS,
+                    false => HUGE_SLOTS + slot % (BELL - HUGE_SLOTS),
                 };
                 self.deregister(slot);
                 let queue = if coin { COMMON } else { self.index };
@@ -166,7 +166,9 @@ impl<'a> Thread<'a> {
                 libc::MADV_DONTNEED
             }),
             70..72 if matches!(arena.kind, Kind::Private | Kind::Thp) => advise(libc::MADV_FREE),
-            72..74 if arena.kind == Kind::Shared => advise(libc::MADV_REMOVE),
+            72..74 if matches!(arena.kind, Kind::Shared | Kind::SharedHuge) => {
+                advise(libc::MADV_REMOVE)
+            }
             74..76 if arena.kind == Kind::File => {
                 let _lock = arena.lock.read().unwrap();
                 self.change_file(units, || {
