@@ -26,6 +26,7 @@
 #include <mpi.h>
 #include <pthread.h>
 #include <spawn.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -115,6 +116,31 @@ static uint64_t wrong_bytes(const unsigned char *buf, size_t size, unsigned char
 	return wrong;
 }
 
+/*
+ * Says what is wrong with a transfer. Whole pages with the data of an earlier round are
+ * stale. That of round + 128 was there before: nothing has arrived. Anything else has many
+ * runs.
+ */
+static void explain(const unsigned char *buf, size_t size, uint64_t round)
+{
+	size_t first = size, last = 0, runs = 0;
+	unsigned char data = 0;
+
+	for (size_t i = 0; i < size; i++) {
+		unsigned char seen = buf[i] - pattern[i];
+
+		if (seen == (unsigned char)round)
+			continue;
+		if (first == size)
+			first = i;
+		runs += first == i || last + 1 != i || seen != data;
+		last = i;
+		data = seen;
+	}
+	printf("# wrong: round %lu, %zu bytes received at %p: from %zu to %zu, %zu runs, the last of round %u modulo 256\n",
+	       round, size, buf, first, last, runs, data);
+}
+
 /* Transfers. Rank 1 does what the requests of rank 0 say. */
 
 enum direction { SEND, RECEIVE, END };
@@ -157,6 +183,8 @@ static uint64_t transfer(struct peer *peer, enum direction direction, unsigned c
 		fill(buf, size, peer->round + 128);
 		MPI_Recv(buf, size, MPI_BYTE, 1, DATA, peer->comm, MPI_STATUS_IGNORE);
 		wrong = wrong_bytes(buf, size, peer->round);
+		if (wrong && !peer->wrong)
+			explain(buf, size, peer->round);
 	}
 	peer->bytes += size;
 	peer->wrong += wrong;
@@ -165,6 +193,7 @@ static uint64_t transfer(struct peer *peer, enum direction direction, unsigned c
 
 static void serve(MPI_Comm comm)
 {
+	bool explained = false;
 	unsigned char *buf = CHECK(mmap(NULL, MAX_SIZE, PROT_READ | PROT_WRITE,
 					MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
 
@@ -179,6 +208,10 @@ static void serve(MPI_Comm comm)
 			fill(buf, r.size, r.round + 128);
 			MPI_Recv(buf, r.size, MPI_BYTE, 0, DATA, comm, MPI_STATUS_IGNORE);
 			wrong = wrong_bytes(buf, r.size, r.round);
+			if (wrong && !explained) {
+				explain(buf, r.size, r.round);
+				explained = true;
+			}
 			MPI_Send(&wrong, 1, MPI_UINT64_T, 0, ANSWER, comm);
 		} else {
 			fill(buf, r.size, r.round);
@@ -187,7 +220,11 @@ static void serve(MPI_Comm comm)
 	}
 }
 
-/* Buffers. They are not unmapped: a later one must not get the address of an earlier one. */
+/*
+ * Buffers. They are not unmapped: a later one must not get the address of an earlier one.
+ * They are below all addresses that the kernel chooses. So nothing that another thread maps
+ * gets into the hole that some changes leave for a moment.
+ */
 
 enum kind { ANON, SHARED, PLUGIN };
 
@@ -212,6 +249,14 @@ static void load(struct buffer *b)
 	b->addr = (unsigned char *)dlsym(b->handle, "plugin_buffer") + b->offset;
 }
 
+static void *map(size_t size, int flags, int fd)
+{
+	static _Atomic uintptr_t end = (uintptr_t)64 << 30;
+	void *addr = (void *)atomic_fetch_add(&end, size);
+
+	return CHECK(mmap(addr, size, PROT_READ | PROT_WRITE, flags | MAP_FIXED_NOREPLACE, fd, 0));
+}
+
 static void create(struct buffer *b, enum kind kind, size_t size)
 {
 	static size_t used; /* Each has its own part of the plug-in's memory. */
@@ -219,13 +264,12 @@ static void create(struct buffer *b, enum kind kind, size_t size)
 	*b = (struct buffer){ .kind = kind, .size = size, .fd = -1 };
 	switch (kind) {
 	case ANON:
-		b->addr = CHECK(mmap(NULL, size, PROT_READ | PROT_WRITE,
-				     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+		b->addr = map(size, MAP_PRIVATE | MAP_ANONYMOUS, -1);
 		break;
 	case SHARED:
 		b->fd = CHECK(memfd_create("buffer", MFD_CLOEXEC));
 		CHECK(ftruncate(b->fd, 2 * size));
-		b->addr = CHECK(mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, b->fd, 0));
+		b->addr = map(size, MAP_SHARED, b->fd);
 		break;
 	case PLUGIN:
 		b->offset = used;
@@ -497,23 +541,30 @@ static void step(struct peer *peer, struct buffer *buffers, uint64_t *random)
 {
 	const struct change *change;
 	enum direction direction;
+	size_t page, pages, offset, size;
 	struct buffer *b;
-	size_t offset, size;
+	bool change_it;
+	uint64_t wrong;
 
 	do {
 		change = &changes[below(random, CHANGES)];
 	} while (!change->soak);
 	b = &buffers[2 * (change->kind == SHARED) + below(random, 2)];
-	offset = below(random, b->size / PAGE);
-	size = 1 + below(random, b->size / PAGE - offset);
+	page = below(random, b->size / PAGE);
+	pages = 1 + below(random, b->size / PAGE - page);
 	/* Every fourth time nothing changes, and the cache may be right. */
-	if (below(random, 4) && change->make(b, offset * PAGE, size * PAGE) && errno != EFAULT)
+	change_it = below(random, 4);
+	if (change_it && change->make(b, page * PAGE, pages * PAGE) && errno != EFAULT)
 		die(change->name);
 
 	direction = below(random, 2);
 	offset = below(random, b->size - 1);
 	size = 1 + below(random, b->size - offset);
-	transfer(peer, direction, b->addr + offset, size);
+	wrong = peer->wrong;
+	if (transfer(peer, direction, b->addr + offset, size) && !wrong)
+		printf("# wrong: round %lu, %s of %zu bytes at %p after %s of %zu bytes at %p\n",
+		       peer->round, direction_names[direction], size, b->addr + offset,
+		       change_it ? change->name : "no change", pages * PAGE, b->addr + page * PAGE);
 }
 
 static void create_all(struct buffer *buffers)

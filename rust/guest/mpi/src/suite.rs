@@ -226,7 +226,12 @@ impl Tests<'_> {
         println!("# {name}: {}", job.detail(&line));
         match libraries {
             Libraries::Distribution => self.wrong(libraries, &job, arguments[0], &line),
-            Libraries::Ours => self.tap.right(&name, &job.verdict(&line)),
+            Libraries::Ours => {
+                for line in job.output.lines().filter(|l| l.starts_with("# wrong: ")) {
+                    println!("{line}");
+                }
+                self.tap.right(&name, &job.verdict(&line));
+            }
         }
         Ok(())
     }
