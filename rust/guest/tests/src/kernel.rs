@@ -441,13 +441,15 @@ fn each_nth(what: &str, vmalloc: bool, once: &mut impl FnMut(&mut Injection)) ->
     failed
 }
 
-/// Keeps expected reports of the kernel from the console, where they would be splats.
+/// Keeps expected reports of the kernel from the console, where they would be splats. Marks in
+/// the log tell `ci/log-splats`.
 pub struct Reports {
     log: File,
     what: &'static str,
 }
 
 impl Reports {
+    const LOG: &str = "/dev/kmsg";
     const SHOW_ALL: &str = "/sys/module/printk/parameters/ignore_loglevel";
     const LEVEL: &str = "/proc/sys/kernel/printk";
 
@@ -457,9 +459,10 @@ impl Reports {
         let mut log = options
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
-            .open("/dev/kmsg")
+            .open(Self::LOG)
             .expect("open the log");
         log.seek(SeekFrom::End(0)).expect("go to its end");
+        fs::write(Self::LOG, "mmu-notify-tests: expects reports").expect("mark the log");
         // Errors are still shown.
         fs::write(Self::LEVEL, "4").expect("show errors only");
         fs::write(Self::SHOW_ALL, "N").expect("show no longer all");
@@ -487,6 +490,7 @@ impl Reports {
 impl Drop for Reports {
     fn drop(&mut self) {
         let _ = fs::write(Self::SHOW_ALL, "Y");
+        let _ = fs::write(Self::LOG, "mmu-notify-tests: expects no reports");
     }
 }
 
