@@ -607,8 +607,9 @@ mod queue_and_watches {
     fn closed_queue() -> Result {
         let queue = new_queue()?;
         let map = Map::new(3)?;
-        let watch = watch(&queue, &map, 0..3, 1)?;
-        let late = start(&queue, &map, 2..3, 2)?;
+        let pending = watch(&queue, &map, 0..3, 1)?;
+        let idle = watch(&queue, &map, 2..3, 2)?;
+        let late = start(&queue, &map, 2..3, 3)?;
 
         map.unmap(0..1)?;
         assert_eq!(read(&queue, 1, 1)?.len(), 1);
@@ -620,10 +621,11 @@ mod queue_and_watches {
         late.object().as_arc_borrow().go_live();
         assert_eq!(generation(&queue), 3);
         assert_eq!(read(&queue, 1, 1).err(), Some(EIO));
-        assert_eq!(start(&queue, &map, 0..1, 3).err(), Some(EIO));
+        assert_eq!(start(&queue, &map, 0..1, 4).err(), Some(EIO));
         queue.release();
         assert!(queue.with_page(|page| page.is_none()));
-        assert_eq!(queue::stop(watch), 1);
+        assert_eq!(queue::stop(pending), 1);
+        assert_eq!(queue::stop(idle), 0);
         assert_eq!(queue::stop(late), 0);
         Ok(())
     }
