@@ -11,12 +11,14 @@ use crate::{
 };
 use kernel::{
     check,
+    fs::File,
     mm::{
         MmWithUser,
         interval_notifier::{Event, Registration}, //
     },
     page::{PAGE_SHIFT, PAGE_SIZE},
-    prelude::*, //
+    prelude::*,
+    sync::poll::Poller, //
 };
 use proptest::{collection::vec, prelude::*};
 use std::ops::Range;
@@ -268,5 +270,27 @@ fn dropped_registration() {
         drop(watch);
         mm.invalidate(Event::CLEAR, 0..1, || ());
         assert_eq!(Generation::new(&queue).load(), 1);
+    });
+}
+
+/// G6: only an event that finds the queue empty wakes anybody.
+#[test]
+fn first_event_wakes() {
+    check::sequential(|| {
+        let mm = MmWithUser::new();
+        let queue = Queue::new(&mm).unwrap();
+        let poller = Poller::default();
+        let watches =
+            [0, 1].map(|cookie| Watch::start(queue.as_arc_borrow(), &mm, 1..2, cookie).unwrap());
+
+        for watch in &watches {
+            watch.object().as_arc_borrow().go_live();
+        }
+        assert_eq!(queue.poll(&File, poller.table()), 0);
+        for _ in 0..2 {
+            mm.invalidate(Event::CLEAR, 0..1, || ());
+            assert_eq!(check::wakeups(), 1);
+        }
+        assert_eq!(Generation::new(&queue).load(), 2);
     });
 }
