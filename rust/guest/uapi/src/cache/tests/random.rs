@@ -3,8 +3,15 @@
 //! regions have been invalidated.
 
 use super::{super::*, Kernel, TestCache, cache, sequential};
-use proptest::{prelude::*, test_runner::RngAlgorithm};
-use std::collections::BTreeSet;
+use proptest::{
+    prelude::*,
+    test_runner::{FileFailurePersistence, RngAlgorithm, RngSeed},
+};
+use std::{
+    collections::BTreeSet,
+    env,
+    hash::{BuildHasher, RandomState},
+};
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
@@ -152,17 +159,26 @@ impl Model {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: 1000,
-        failure_persistence: None,
+#[test]
+fn random_operations() {
+    let default = ProptestConfig::default();
+    let seed = match default.rng_seed {
+        RngSeed::Fixed(seed) => seed,
+        RngSeed::Random => RandomState::new().hash_one(()),
+    };
+    let config = ProptestConfig {
+        cases: env::var("PROPTEST_CASES").map_or(10_000, |_| default.cases),
+        rng_seed: RngSeed::Fixed(seed),
+        // Failures are kept, and tried first.
+        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
         // The default one is slow without optimisation.
         rng_algorithm: RngAlgorithm::XorShift,
-        ..ProptestConfig::default()
-    })]
+        ..default
+    };
 
-    #[test]
-    fn random_operations(ops in ops()) {
+    // For a test that fails.
+    println!("PROPTEST_RNG_SEED={seed}");
+    proptest!(config, |(ops in ops())| {
         sequential(move || {
             let mut model = Model {
                 cache: cache(),
@@ -173,5 +189,5 @@ proptest! {
             ops.iter().for_each(|op| model.run(*op));
             model.finish();
         });
-    }
+    });
 }
