@@ -3,7 +3,6 @@
 
 use crate::{Fixture, Map, MrArgs, PAGE, process::Child, read_all, read_raw, reg, reg_plain};
 use rustix::{
-    event::Timespec,
     io::{read, write},
     mm::MapFlags,
 };
@@ -42,15 +41,11 @@ impl Work {
     }
 
     fn once(self, fixture: &Fixture, own: Map, nowhere: Map) {
-        const NOW: Timespec = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
         match self {
             Work::Nothing => (),
             Work::Other => drop(rustix::process::getppid()),
             Work::Read => drop(read_raw(&fixture.queue, nowhere.at(0), PAGE)),
-            Work::Poll => drop(fixture.queue.poll(Some(NOW))),
+            Work::Poll => drop(fixture.queue.poll(crate::NOW)),
             Work::Purge => own.dont_need(0..1),
             Work::Drain => {
                 own.dont_need(0..1);

@@ -33,7 +33,10 @@ pub use scm_rights::{receive, send, sockets, try_receive, try_send};
 pub use userfault::Userfault;
 
 use libc::c_int;
-use rustix::io::Errno;
+use rustix::{
+    event::{PollFlags, Timespec},
+    io::Errno,
+};
 use std::{
     fmt, io,
     ops::Range,
@@ -225,6 +228,21 @@ impl fmt::Debug for Record {
             "cookie {cookie}: {range:#x?}, generation {generation}, reasons {reasons:#b}"
         )
     }
+}
+
+/// The timeout of a poll() that does not wait.
+pub const NOW: Option<Timespec> = Some(Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+});
+
+/// The queue must be closed. A read() of an open one could block, so poll() comes first.
+#[track_caller]
+pub fn expect_closed(queue: &NotifyQueue) {
+    let ready = queue.poll(NOW).expect("poll()");
+    assert_eq!(ready, PollFlags::ERR, "poll() of a closed queue");
+    let read = queue.read(&mut [Event::default()]);
+    expect_errno(read, Errno::IO, "read() of a closed queue");
 }
 
 /// `result` must be this error.

@@ -1,19 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What another process can do with a notification FD.
 
-use rustix::{
-    event::{PollFlags, Timespec},
-    io::Errno,
-};
+use rustix::{event::PollFlags, io::Errno};
 use std::mem;
 use uverbs_mmu_notify::{Event, NotifyQueue};
 use uverbs_mmu_notify_tests::*;
 
 const POLL: &[libc::c_long] = &[libc::SYS_poll, libc::SYS_ppoll];
-const NOW: Option<Timespec> = Some(Timespec {
-    tv_sec: 0,
-    tv_nsec: 0,
-});
 
 #[track_caller]
 fn expect_refused(queue: &NotifyQueue) {

@@ -2,7 +2,7 @@
 //! G8: files, regions, contexts and processes end in any order.
 
 use rustix::{
-    event::{PollFlags, Timespec},
+    event::PollFlags,
     io::{Errno, FdFlags, fcntl_getfd},
     mm::MapFlags,
 };
@@ -17,11 +17,6 @@ use std::{
 };
 use uverbs_mmu_notify::{Context, Event, GenerationPage, Mr, MrArgs, NotifyQueue};
 use uverbs_mmu_notify_tests::*;
-
-const NOW: Option<Timespec> = Some(Timespec {
-    tv_sec: 0,
-    tv_nsec: 0,
-});
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
@@ -120,12 +115,7 @@ impl Setup {
         let mut events = [Event::default(); 2];
         let ready = queue.poll(NOW).unwrap();
         if self.queue_closed {
-            assert_eq!(ready, PollFlags::ERR, "poll() of a closed queue");
-            expect_errno(
-                queue.read(&mut events),
-                Errno::IO,
-                "read() of a closed queue",
-            );
+            expect_closed(queue);
         } else if watched {
             assert_eq!(ready, PollFlags::IN, "poll() after a change");
             let record = Record::new(self.map, pages, 7, self.generation, UNMAPPED);
@@ -231,9 +221,7 @@ fn context_closed_with_an_event_pending() {
     map.unmap(1..2);
     assert_eq!(fixture.page.load(), before + 1, "generation later");
     for _ in 0..2 {
-        let read = fixture.queue.read(&mut [Event::default()]);
-        expect_errno(read, Errno::IO, "read()");
-        assert_eq!(fixture.queue.poll(NOW).unwrap(), PollFlags::ERR, "poll()");
+        expect_closed(&fixture.queue);
     }
 }
 
@@ -332,8 +320,7 @@ fn many_queues() {
     mem::forget(mrs);
     map.unmap(4..8);
     for queue in &queues {
-        let read = queue.read(&mut [Event::default()]);
-        expect_errno(read, Errno::IO, "read() after the end of the context");
+        expect_closed(queue);
     }
     let _ = fixture.context.as_fd();
     expect_no_regions();

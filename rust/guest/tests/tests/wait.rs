@@ -4,7 +4,7 @@
 use libc::c_int;
 use rustix::{
     event::{
-        PollFlags, Timespec,
+        PollFlags,
         epoll::{self, CreateFlags, EventData, EventFlags},
     },
     io::Errno,
@@ -26,10 +26,6 @@ use uverbs_mmu_notify_tests::*;
 
 const READ: &[libc::c_long] = &[libc::SYS_read];
 const RECORD: usize = size_of::<Event>();
-const NOW: Option<Timespec> = Some(Timespec {
-    tv_sec: 0,
-    tv_nsec: 0,
-});
 
 /// A queue that blocks, and one watched region of `pages`.
 fn blocking(pages: Range<usize>) -> (Fixture, Arc<NotifyQueue>, Map, Mr) {

@@ -21,7 +21,7 @@ use rand::{
     rngs::{SmallRng, SysRng},
 };
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
+    event::{PollFd, PollFlags, poll},
     fs::MemfdFlags,
     io::Errno,
     mm::MapFlags,
@@ -42,11 +42,6 @@ use uverbs_mmu_notify_tests::*;
 
 /// How many there are at once.
 const PROCESSES: usize = 2;
-
-const NOW: Option<Timespec> = Some(Timespec {
-    tv_sec: 0,
-    tv_nsec: 0,
-});
 
 /// What the processes share.
 #[repr(C)]
