@@ -28,7 +28,7 @@ check: tree ## lint and check the series
 	@scripts/check
 check-full: tree ## slow checks: every patch and every configuration
 	@scripts/check ci/slow
-mutants: debug ## mutation tests: every patch in ci/mutations must make a test fail
+mutants: linux ## mutation tests: every patch in ci/mutations must make a test fail
 	@scripts/mutation-test
 bench: release libraries ## what watching costs, in instructions, beside its peers; fails over a budget
 	@scripts/bench
@@ -44,7 +44,7 @@ host-test: linux ## the tests that need no kernel
 	@scripts/with-headers $(CURDIR)/scripts/host-test
 boot: build ## a shell in the guest; CMD='...' runs that instead; O=release|inline|debug
 	@scripts/boot "$$O" boot "$$CMD"
-build: linux ## build the kernel O=release|inline|coverage|debug|kcsan
+build: linux ## build the kernel O=release|inline|coverage|debug|kcsan|mutants
 	@scripts/build "$$O"
 release debug: linux
 	@scripts/build $@
@@ -63,6 +63,6 @@ refresh: ## export the commits of build/NAME to patches/NAME: each, or S=NAME
 setup: ## install what all of these need
 	@scripts/setup
 clean: ## remove what was built and the guests' root folders, not the source trees
-	rm -rf build/release build/inline build/coverage build/hostile build/debug build/kcsan build/off build/arm64* build/riscv64 build/commit-* build/patched* build/headers* build/cargo build/bare build/out build/libraries build/mpi build/go-cache build/kselftest
+	rm -rf build/release build/inline build/coverage build/hostile build/debug build/kcsan build/mutants build/off build/arm64* build/riscv64 build/commit-* build/patched* build/headers* build/cargo build/bare build/out build/libraries build/mpi build/go-cache build/kselftest
 
 .PHONY: help demo demo-mpi test test-mpi check check-full mutants bench bench-compare profile coverage stress host-test boot build release debug libraries linux tree refresh setup clean
