@@ -12,7 +12,7 @@ use clap::{Parser, Subcommand};
 use job::Stack;
 use std::{path::PathBuf, process::Command, process::ExitCode};
 
-/// What all jobs have in common.
+/// Runs MPI jobs over soft-RoCE, with the distribution's libraries and the patched ones.
 #[derive(Parser)]
 struct Setup {
     /// Folder of the programs
@@ -43,6 +43,8 @@ enum What {
     Demo,
     /// All tests, as TAP
     Suite(suite::Args),
+    /// Those of them with the patched libraries and 64 KiB, as TAP; for a slow kernel
+    Patched(suite::Args),
     /// On a kernel without the feature: ours do what the distribution's do, as TAP
     Unsupported,
     /// Random changes and transfers only, as TAP
@@ -87,12 +89,13 @@ impl Setup {
 
 fn main() -> ExitCode {
     let mut setup = Setup::parse();
-    if let What::Suite(args) | What::Soak(args) = &setup.command {
+    if let What::Suite(args) | What::Patched(args) | What::Soak(args) = &setup.command {
         setup.timeout += args.seconds;
     }
     let good = match &setup.command {
         What::Demo => demo::run(&setup),
         What::Suite(args) => suite::run(&setup, args),
+        What::Patched(args) => suite::patched(&setup, args),
         What::Unsupported => suite::unsupported(&setup),
         What::Soak(args) => suite::soak(&setup, args),
         What::Cost => cost::run(&setup),

@@ -27,6 +27,7 @@ pub struct Args {
 /// Enough to see wrong data.
 const SECONDS: u64 = 20;
 const SIZES: &str = "64,1024";
+const SMALL: &str = "64";
 const BOTH: [Libraries; 2] = [Libraries::Distribution, Libraries::Ours];
 /// A change that the patched UCX's hooks in libc see below MPICH, also without the feature.
 const MENDED: &str = "mremap_over ";
@@ -147,8 +148,8 @@ impl Tests<'_> {
     }
 
     /// Runs all changes, and checks which libraries they ran with: 1 test.
-    fn all_rows(&mut self, libraries: Libraries) -> Result<Job> {
-        let job = self.job(libraries, &["rows", "all", SIZES], false)?;
+    fn all_rows(&mut self, libraries: Libraries, sizes: &str) -> Result<Job> {
+        let job = self.job(libraries, &["rows", "all", sizes], false)?;
         let loaded = job.check_libraries(self.setup, self.stack, libraries);
         self.tap.right(&self.name(libraries, "libraries"), &loaded);
         Ok(job)
@@ -156,7 +157,7 @@ impl Tests<'_> {
 
     /// All changes with both: 2 tests for each row, and 3.
     fn rows(&mut self, rows: &[String]) -> Result<()> {
-        let before = self.all_rows(Libraries::Distribution)?;
+        let before = self.all_rows(Libraries::Distribution, SIZES)?;
         for row in rows {
             let name = self.name(Libraries::Distribution, row);
             self.tap.logged(&name, &before.verdict(row));
@@ -164,10 +165,15 @@ impl Tests<'_> {
         let any = rows.iter().any(|row| is_wrong(&before.verdict(row)));
         let name = self.name(Libraries::Distribution, "some are wrong");
         self.tap.holds(&name, any, "none is");
-        let after = self.all_rows(Libraries::Ours)?;
+        self.right_rows(rows, SIZES)
+    }
+
+    /// All changes with ours: a test for each row, and 1.
+    fn right_rows(&mut self, rows: &[String], sizes: &str) -> Result<()> {
+        let job = self.all_rows(Libraries::Ours, sizes)?;
         for row in rows {
             let name = self.name(Libraries::Ours, row);
-            self.tap.right(&name, &after.verdict(row));
+            self.tap.right(&name, &job.verdict(row));
         }
         Ok(())
     }
@@ -194,7 +200,7 @@ impl Tests<'_> {
     fn forks(&mut self, rows: &[String]) -> Result<()> {
         let before = self.job(
             Libraries::Distribution,
-            &["fork", "madv_dontneed", "64"],
+            &["fork", "madv_dontneed", SMALL],
             false,
         )?;
         self.wrong(
@@ -203,10 +209,15 @@ impl Tests<'_> {
             "fork",
             "madv_dontneed send 64KiB",
         );
-        let after = self.job(Libraries::Ours, &["fork", "all", "64"], false)?;
+        self.right_forks(rows)
+    }
+
+    /// The same with ours only: a test for each row.
+    fn right_forks(&mut self, rows: &[String]) -> Result<()> {
+        let job = self.job(Libraries::Ours, &["fork", "all", SMALL], false)?;
         for row in rows {
             let name = self.name(Libraries::Ours, &format!("fork {row}"));
-            self.tap.right(&name, &after.verdict(row));
+            self.tap.right(&name, &job.verdict(row));
         }
         Ok(())
     }
@@ -236,16 +247,16 @@ impl Tests<'_> {
         Ok(())
     }
 
-    /// Threads that change mappings, with both: 2 tests.
-    fn threads(&mut self, seed: &str) -> Result<()> {
-        BOTH.iter()
+    /// Threads that change mappings, with these: a test for each.
+    fn threads(&mut self, with: &[Libraries], seed: &str) -> Result<()> {
+        with.iter()
             .try_for_each(|&libraries| self.mode(libraries, &["threads", "50", seed]))
     }
 
-    /// The random test with both: 2 tests.
-    fn soak(&mut self, args: &Args, seed: &str) -> Result<()> {
+    /// The random test with these: a test for each.
+    fn soak(&mut self, with: &[Libraries], args: &Args, seed: &str) -> Result<()> {
         let steps = args.steps.unwrap_or(u64::MAX).to_string();
-        for libraries in BOTH {
+        for &libraries in with {
             let seconds = match libraries {
                 Libraries::Distribution => args.seconds.min(SECONDS),
                 Libraries::Ours => args.seconds,
@@ -257,8 +268,8 @@ impl Tests<'_> {
 
     /// Both libraries do the same, but for [`MENDED`]: a test for each row, and 2.
     fn same(&mut self, rows: &[String]) -> Result<()> {
-        let before = self.all_rows(Libraries::Distribution)?;
-        let after = self.all_rows(Libraries::Ours)?;
+        let before = self.all_rows(Libraries::Distribution, SIZES)?;
+        let after = self.all_rows(Libraries::Ours, SIZES)?;
         for row in rows {
             let [before, after] = [before.verdict(row), after.verdict(row)];
             let same = match self.stack == Stack::MpichUcx && row.starts_with(MENDED) {
@@ -274,7 +285,7 @@ impl Tests<'_> {
 }
 
 pub fn run(setup: &Setup, args: &Args) -> Result<bool> {
-    let (all, small) = (rows(setup, SIZES)?, rows(setup, "64")?);
+    let (all, small) = (rows(setup, SIZES)?, rows(setup, SMALL)?);
     let with_pages = setup.stacks().iter().filter(|s| s.checks_pages()).count();
     let each = 2 * all.len() + 3 + small.len() + 1 + 2 + 2;
     let mut tap = Tap::new(setup.stacks().len() * each + with_pages * 2);
@@ -291,8 +302,28 @@ pub fn run(setup: &Setup, args: &Args) -> Result<bool> {
             tests.pages(&all)?;
         }
         tests.forks(&small)?;
-        tests.threads(&seed)?;
-        tests.soak(args, &seed)?;
+        tests.threads(&BOTH, &seed)?;
+        tests.soak(&BOTH, args, &seed)?;
+    }
+    tap.end()
+}
+
+pub fn patched(setup: &Setup, args: &Args) -> Result<bool> {
+    let rows = rows(setup, SMALL)?;
+    let each = 2 * rows.len() + 3;
+    let mut tap = Tap::new(setup.stacks().len() * each);
+    let seed = seed(args);
+    println!("# seed {seed}");
+    for &stack in setup.stacks() {
+        let mut tests = Tests {
+            setup,
+            stack,
+            tap: &mut tap,
+        };
+        tests.right_rows(&rows, SMALL)?;
+        tests.right_forks(&rows)?;
+        tests.threads(&[Libraries::Ours], &seed)?;
+        tests.soak(&[Libraries::Ours], args, &seed)?;
     }
     tap.end()
 }
@@ -307,7 +338,7 @@ pub fn soak(setup: &Setup, args: &Args) -> Result<bool> {
             stack,
             tap: &mut tap,
         }
-        .soak(args, &seed)?;
+        .soak(&BOTH, args, &seed)?;
     }
     tap.end()
 }
