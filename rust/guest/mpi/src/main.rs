@@ -43,7 +43,7 @@ enum What {
     Demo,
     /// All tests, as TAP
     Suite(suite::Args),
-    /// Those of them with the patched libraries and 64 KiB, as TAP; for a slow kernel
+    /// The patched libraries only, with 64 KiB, as TAP; for a slow kernel
     Patched(suite::Args),
     /// On a kernel without the feature: ours do what the distribution's do, as TAP
     Unsupported,

@@ -247,13 +247,13 @@ impl Tests<'_> {
         Ok(())
     }
 
-    /// Threads that change mappings, with these: a test for each.
+    /// Threads that change mappings, with each of `with`: a test for each.
     fn threads(&mut self, with: &[Libraries], seed: &str) -> Result<()> {
         with.iter()
             .try_for_each(|&libraries| self.mode(libraries, &["threads", "50", seed]))
     }
 
-    /// The random test with these: a test for each.
+    /// The random test with each of `with`: a test for each.
     fn soak(&mut self, with: &[Libraries], args: &Args, seed: &str) -> Result<()> {
         let steps = args.steps.unwrap_or(u64::MAX).to_string();
         for &libraries in with {

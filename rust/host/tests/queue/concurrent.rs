@@ -497,7 +497,7 @@ fn event_wakes_reader() {
     assert_eq!(results, BTreeSet::from([0, 1]));
 }
 
-/// Two blocked readers get an event each, though the second one wakes nobody.
+/// Two blocked readers get an event each, though the second event may wake nobody.
 #[test]
 fn events_wake_readers() {
     let results = check::model(Some(3), || {
