@@ -229,10 +229,10 @@ impl Warnings {
 pub struct FailAllocation(File);
 
 impl FailAllocation {
-    /// Of the slab. Fails none yet.
+    /// Of the slab, but not in vmalloc, which would report its failure. Fails none yet.
     #[expect(clippy::new_without_default)]
     pub fn new() -> Self {
-        set_up_faults(&["failslab"], ANYWHERE, NOWHERE);
+        set_up_faults(&["failslab"], ANYWHERE, vmalloc());
         Self::open()
     }
 
@@ -386,6 +386,14 @@ impl Injection {
 /// How often a call is made with the same fault, unless that makes it fail.
 const TRIES: u32 = 3;
 
+/// Where the function is that all of vmalloc goes through.
+fn vmalloc() -> Range<u64> {
+    static VMALLOC: OnceLock<Range<u64>> = OnceLock::new();
+    VMALLOC
+        .get_or_init(|| function("__vmalloc_node_range_noprof"))
+        .clone()
+}
+
 /// Runs `once` with the first fault of a kind that its call of [`Injection::inject`] can have,
 /// with the second one, and so on, until there is none left. Returns how many made the call
 /// fail.
@@ -402,13 +410,11 @@ pub fn each_fault(what: &str, mut once: impl FnMut(&mut Injection)) -> u32 {
 /// The same, for the faults in vmalloc or for all others.
 #[track_caller]
 fn each_nth(what: &str, vmalloc: bool, once: &mut impl FnMut(&mut Injection)) -> u32 {
-    static VMALLOC: OnceLock<Range<u64>> = OnceLock::new();
-    let function = VMALLOC.get_or_init(|| function("__vmalloc_node_range_noprof"));
     let (mut injected, mut failed) = (0, 0);
     for kind in FAULTS {
         match vmalloc {
-            true => set_up_faults(&[kind], function.clone(), NOWHERE),
-            false => set_up_faults(&[kind], ANYWHERE, function.clone()),
+            true => set_up_faults(&[kind], self::vmalloc(), NOWHERE),
+            false => set_up_faults(&[kind], ANYWHERE, self::vmalloc()),
         }
         for nth in 1.. {
             let (mut reached, mut fails) = (false, false);

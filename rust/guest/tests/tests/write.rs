@@ -351,8 +351,7 @@ fn create_without_memory() {
         };
         count(); // now the allocator has objects of each kind
         let last = count();
-        // The last that it cannot go on without are the queue and its waiters. vmalloc would
-        // report its failure, so the page in front of them is left alone.
+        // The last that it cannot go on without are the queue and its waiters.
         let mut failures = 0;
         for nth in (1..=last).rev() {
             if failures == 2 {
