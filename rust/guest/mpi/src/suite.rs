@@ -106,11 +106,14 @@ fn rows(setup: &Setup, sizes: &str) -> Result<Vec<String>> {
     Ok(rows)
 }
 
+/// The seed, which it prints.
 fn seed(args: &Args) -> String {
     let time = || SystemTime::now().duration_since(UNIX_EPOCH);
-    args.seed
-        .unwrap_or_else(|| time().map_or(1, |t| t.as_secs()))
-        .to_string()
+    let seed = args
+        .seed
+        .unwrap_or_else(|| time().map_or(1, |t| t.as_secs()));
+    println!("# seed {seed}");
+    seed.to_string()
 }
 
 fn is_wrong(verdict: &Verdict) -> bool {
@@ -284,75 +287,65 @@ impl Tests<'_> {
     }
 }
 
+/// Calls `run` with the tests of each stack, of which there are `planned`.
+fn each_stack(
+    setup: &Setup,
+    planned: usize,
+    mut run: impl FnMut(&mut Tests<'_>) -> Result<()>,
+) -> Result<bool> {
+    let mut tap = Tap::new(planned);
+    for &stack in setup.stacks() {
+        run(&mut Tests {
+            setup,
+            stack,
+            tap: &mut tap,
+        })?;
+    }
+    tap.end()
+}
+
 pub fn run(setup: &Setup, args: &Args) -> Result<bool> {
     let (all, small) = (rows(setup, SIZES)?, rows(setup, SMALL)?);
     let with_pages = setup.stacks().iter().filter(|s| s.checks_pages()).count();
     let each = 2 * all.len() + 3 + small.len() + 1 + 2 + 2;
-    let mut tap = Tap::new(setup.stacks().len() * each + with_pages * 2);
     let seed = seed(args);
-    println!("# seed {seed}");
-    for &stack in setup.stacks() {
-        let mut tests = Tests {
-            setup,
-            stack,
-            tap: &mut tap,
-        };
-        tests.rows(&all)?;
-        if stack.checks_pages() {
-            tests.pages(&all)?;
-        }
-        tests.forks(&small)?;
-        tests.threads(&BOTH, &seed)?;
-        tests.soak(&BOTH, args, &seed)?;
-    }
-    tap.end()
+    each_stack(
+        setup,
+        setup.stacks().len() * each + with_pages * 2,
+        |tests| {
+            tests.rows(&all)?;
+            if tests.stack.checks_pages() {
+                tests.pages(&all)?;
+            }
+            tests.forks(&small)?;
+            tests.threads(&BOTH, &seed)?;
+            tests.soak(&BOTH, args, &seed)
+        },
+    )
 }
 
 pub fn patched(setup: &Setup, args: &Args) -> Result<bool> {
     let rows = rows(setup, SMALL)?;
     let each = 2 * rows.len() + 3;
-    let mut tap = Tap::new(setup.stacks().len() * each);
     let seed = seed(args);
-    println!("# seed {seed}");
-    for &stack in setup.stacks() {
-        let mut tests = Tests {
-            setup,
-            stack,
-            tap: &mut tap,
-        };
+    each_stack(setup, setup.stacks().len() * each, |tests| {
         tests.right_rows(&rows, SMALL)?;
         tests.right_forks(&rows)?;
         tests.threads(&[Libraries::Ours], &seed)?;
-        tests.soak(&[Libraries::Ours], args, &seed)?;
-    }
-    tap.end()
+        tests.soak(&[Libraries::Ours], args, &seed)
+    })
 }
 
 pub fn soak(setup: &Setup, args: &Args) -> Result<bool> {
-    let mut tap = Tap::new(2 * setup.stacks().len());
     let seed = seed(args);
-    println!("# seed {seed}");
-    for &stack in setup.stacks() {
-        Tests {
-            setup,
-            stack,
-            tap: &mut tap,
-        }
-        .soak(&BOTH, args, &seed)?;
-    }
-    tap.end()
+    each_stack(setup, 2 * setup.stacks().len(), |tests| {
+        tests.soak(&BOTH, args, &seed)
+    })
 }
 
 pub fn unsupported(setup: &Setup) -> Result<bool> {
     let rows = rows(setup, SIZES)?;
-    let mut tap = Tap::new(setup.stacks().len() * (rows.len() + 2));
-    for &stack in setup.stacks() {
-        Tests {
-            setup,
-            stack,
-            tap: &mut tap,
-        }
-        .same(&rows)?;
-    }
-    tap.end()
+    each_stack(setup, setup.stacks().len() * (rows.len() + 2), |tests| {
+        tests.same(&rows)
+    })
 }
