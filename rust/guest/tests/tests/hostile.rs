@@ -8,7 +8,7 @@ use std::{env, process::Command};
 fn short_run() {
     let program = env::var_os("NEXTEST_BIN_EXE_hostile");
     let program = program.unwrap_or_else(|| env!("CARGO_BIN_EXE_hostile").into());
-    // An episode of each kind.
+    // An episode of each kind, or more.
     let status = Command::new(program).arg("1200").status();
     assert!(status.expect("run hostile").success());
 }
