@@ -27,7 +27,7 @@ pub use kernel::{
     Stack, Warnings, Watches, counter_pages, each_fault,
 };
 pub use load::Load;
-pub use map::{Map, PAGE, memfd};
+pub use map::{Map, PAGE, file_on_disk, memfd};
 pub use process::{Blocked, Child, Exit, in_child, sleeps, stop, stop_traced, within};
 pub use scm_rights::{receive, send, sockets, try_receive, try_send};
 pub use userfault::Userfault;

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Memory whose mapping the tests change.
 
+use crate::run;
 use libc::c_int;
 use rustix::{
     fs::{MemfdFlags, ftruncate, memfd_create},
     mm::{Advice, MapFlags, MprotectFlags, ProtFlags},
 };
 use std::{
+    env,
     ffi::c_void,
+    fs::{File, create_dir_all},
     io,
     ops::Range,
     os::fd::{AsFd, OwnedFd},
@@ -162,6 +165,24 @@ unsafe fn map(addr: *mut c_void, pages: usize, flags: MapFlags) -> *mut c_void {
 /// A new file in memory, of `pages` pages.
 pub fn memfd(pages: usize, flags: MemfdFlags) -> OwnedFd {
     let file = memfd_create("test", MemfdFlags::CLOEXEC | flags).expect("memfd_create");
+    ftruncate(&file, (pages * PAGE) as u64).expect("ftruncate");
+    file
+}
+
+/// A new file of `pages` pages on a file system with write-back. This formats /dev/ram1, so the test
+/// must run alone (ci/nextest.toml). A shared mapping of it can only be registered for reading.
+pub fn file_on_disk(pages: usize) -> OwnedFd {
+    let disk = "/dev/ram1";
+    let mount = env::temp_dir().join("disk").display().to_string();
+    create_dir_all(&mount).expect("make a folder");
+    run(&format!("mkfs.ext2 -q -F {disk}"));
+    run(&format!("mount -t ext2 {disk} {mount}"));
+    let mut options = File::options();
+    options.read(true).write(true).create_new(true);
+    let file = options.open(format!("{mount}/file"));
+    // The file keeps it.
+    run(&format!("umount -l {mount}"));
+    let file = OwnedFd::from(file.expect("make a file"));
     ftruncate(&file, (pages * PAGE) as u64).expect("ftruncate");
     file
 }

@@ -113,21 +113,9 @@ fn copied() -> Memory {
     of_file(2, MemfdFlags::empty(), MapFlags::PRIVATE)
 }
 
-/// A shared mapping of a file on a file system with write-back. It can only be registered
-/// for reading.
+/// A shared mapping of a file on a disk.
 fn on_disk() -> Memory {
-    let disk = "/dev/ram1";
-    let mount = env::temp_dir().join("disk").display().to_string();
-    fs::create_dir_all(&mount).expect("make a folder");
-    run(&format!("mkfs.ext2 -q -F {disk}"));
-    run(&format!("mount -t ext2 {disk} {mount}"));
-    let mut options = File::options();
-    options.read(true).write(true).create_new(true);
-    let file = options.open(format!("{mount}/file"));
-    // The file keeps it.
-    run(&format!("umount -l {mount}"));
-    let file = OwnedFd::from(file.expect("make a file"));
-    rustix::fs::ftruncate(&file, 2 * PAGE as u64).expect("ftruncate");
+    let file = file_on_disk(2);
     Memory {
         map: Map::of_file(&file, 2, MapFlags::SHARED),
         pages: 2,

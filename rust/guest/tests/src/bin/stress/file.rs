@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The changes of the common file, and the counters of all processes after each of them.
+//! The changes of the common files, and the counters of all processes after each of them.
 
 use crate::{PROCESSES, model::Units, process::COMMON};
 use rustix::{
@@ -12,7 +12,7 @@ use std::{
     sync::{
         Mutex,
         atomic::{
-            AtomicI32, AtomicU32, AtomicU64,
+            AtomicI32, AtomicU32, AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
     },
@@ -24,12 +24,14 @@ const KEPT: u64 = 4096;
 
 #[repr(C)]
 struct Change {
+    /// The index of the file, and the units that are removed from it.
+    which: AtomicUsize,
     units: AtomicU32,
     /// The counters of the queues of each process after it.
     counters: [[AtomicU64; COMMON + 1]; PROCESSES],
 }
 
-/// The lock of the file serializes changes.
+/// Changes of both files are serialized by flock() on the file in memory.
 #[repr(C)]
 pub struct FileChanges {
     begun: AtomicU64,
@@ -56,9 +58,10 @@ impl FileChanges {
         self.ended.load(SeqCst)
     }
 
-    /// What change `number` takes away.
-    pub fn units(&self, number: u64) -> Units {
-        self.change(number).units.load(Relaxed)
+    /// The index of the file of change `number`, and the units that are removed from it.
+    pub fn units(&self, number: u64) -> (usize, Units) {
+        let Change { which, units, .. } = self.change(number);
+        (which.load(Relaxed), units.load(Relaxed))
     }
 
     /// The counters of a process after change `number`.
@@ -68,9 +71,10 @@ impl FileChanges {
     }
 
     /// Makes a change.
-    pub fn make(&self, units: Units, counters: &Counters, change: impl FnOnce()) {
+    pub fn make(&self, which: usize, units: Units, counters: &Counters, change: impl FnOnce()) {
         let number = self.begun() + 1;
         let entry = &self.changes[(number % KEPT) as usize];
+        entry.which.store(which, Relaxed);
         entry.units.store(units, Relaxed);
         self.begun.store(number, SeqCst);
         change();

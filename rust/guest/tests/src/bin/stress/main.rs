@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Processes whose threads register, deregister, change mappings and a common file, fork,
+//! Processes whose threads register, deregister, change mappings and common files, fork,
 //! read and use RDMA at random. Each process knows what its events must say.
 //!
 //! `stress operations N` makes so many operations, and `stress minutes N` goes on so long.
@@ -15,14 +15,13 @@ mod process;
 mod thread;
 
 use file::{FileChanges, Place};
-use memory::UNITS;
+use memory::Files;
 use rand::{
     RngExt, SeedableRng,
     rngs::{SmallRng, SysRng},
 };
 use rustix::{
     event::{PollFd, PollFlags, poll},
-    fs::MemfdFlags,
     io::Errno,
     mm::MapFlags,
 };
@@ -75,12 +74,12 @@ struct Running {
 }
 
 impl Running {
-    fn start(place: usize, seed: u64, shared: &'static Shared, file: &OwnedFd, huge: bool) -> Self {
+    fn start(place: usize, seed: u64, shared: &'static Shared, files: &Files, huge: bool) -> Self {
         let (socket, theirs) = sockets();
         shared.ends[place].store(0, SeqCst);
         let child = Child::fork(|| {
-            let file = file.try_clone().expect("duplicate the file");
-            process::live(place, seed, shared, file, huge, &theirs)
+            let files = files.try_clone().expect("duplicate the files");
+            process::live(place, seed, shared, files, huge, &theirs)
         });
         drop(theirs);
         let queue = receive(&socket);
@@ -142,7 +141,7 @@ impl Running {
 
 /// Runs processes while `more` of the number of those before says so. Returns how many.
 fn run(seed: u64, shared: &'static Shared, huge: bool, more: impl Fn(u64) -> bool) -> u64 {
-    let file = memfd(UNITS, MemfdFlags::empty());
+    let files = Files::new();
     let mut places = [const { None::<Running> }; PROCESSES];
     let mut count = 0;
     loop {
@@ -159,7 +158,7 @@ fn run(seed: u64, shared: &'static Shared, huge: bool, more: impl Fn(u64) -> boo
                 }
                 None if more(count) => {
                     let seed = seed.wrapping_add(count);
-                    *process = Some(Running::start(place, seed, shared, &file, huge));
+                    *process = Some(Running::start(place, seed, shared, &files, huge));
                     count += 1;
                     if count % 50 == 0 {
                         println!("{} operations", shared.operations.load(Relaxed));
@@ -178,11 +177,11 @@ fn run(seed: u64, shared: &'static Shared, huge: bool, more: impl Fn(u64) -> boo
 
 /// Runs processes until `remove` has removed their device.
 fn run_until_removal(seed: u64, shared: &'static Shared, huge: bool, remove: impl FnOnce()) {
-    let file = memfd(UNITS, MemfdFlags::empty());
+    let files = Files::new();
     shared.until_removal.store(true, Relaxed);
     let start = |place| {
         let seed = seed.wrapping_add(place as u64);
-        Running::start(place, seed, shared, &file, huge)
+        Running::start(place, seed, shared, &files, huge)
     };
     let mut processes: [_; PROCESSES] = array::from_fn(start);
     let before = SmallRng::seed_from_u64(seed).random_range(100..2000);

@@ -2,8 +2,11 @@
 //! Memory of several kinds.
 
 use self::Kind::*;
-use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mremap_fixed};
-use std::{ops::Range, os::fd::OwnedFd, sync::RwLock};
+use rustix::{
+    fs::MemfdFlags,
+    mm::{MapFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mremap_fixed},
+};
+use std::{io, ops::Range, os::fd::OwnedFd, sync::RwLock};
 use uverbs_mmu_notify_tests::*;
 
 /// The most units of an arena.
@@ -13,10 +16,12 @@ pub const UNITS: usize = 16;
 pub enum Kind {
     Private,
     Shared,
-    /// A shared mapping of the file that all processes share.
+    /// A shared mapping of the common file in memory.
     File,
     /// A private one.
     Copied,
+    /// A shared mapping of the common file on a disk. It can only be registered for reading.
+    Disk,
     /// Transparent huge pages.
     Thp,
     /// Huge pages of hugetlb.
@@ -43,8 +48,34 @@ impl Kind {
         matches!(self, Huge | SharedHuge)
     }
 
-    pub fn is_file(self) -> bool {
-        matches!(self, File | Copied)
+    /// The index of its file in [`Files`], if it has one.
+    pub fn file(self) -> Option<usize> {
+        match self {
+            File | Copied => Some(MEMORY),
+            Disk => Some(DISK),
+            _ => None,
+        }
+    }
+}
+
+pub const MEMORY: usize = 0;
+pub const DISK: usize = 1;
+
+/// The common files of all processes.
+pub struct Files([OwnedFd; 2]);
+
+impl Files {
+    pub fn new() -> Self {
+        Self([memfd(UNITS, MemfdFlags::empty()), file_on_disk(UNITS)])
+    }
+
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let [memory, disk] = &self.0;
+        Ok(Self([memory.try_clone()?, disk.try_clone()?]))
+    }
+
+    pub fn get(&self, which: usize) -> &OwnedFd {
+        &self.0[which]
     }
 }
 
@@ -59,7 +90,7 @@ pub struct Arena {
 }
 
 impl Arena {
-    pub fn new(index: usize, kind: Kind, file: &OwnedFd) -> Self {
+    pub fn new(index: usize, kind: Kind, files: &Files) -> Self {
         let pages = kind.units() * kind.unit();
         let arena = Self {
             index,
@@ -68,7 +99,7 @@ impl Arena {
             scratch: Map::untouched(pages),
             lock: RwLock::new(()),
         };
-        arena.map_over(0..kind.units(), file);
+        arena.map_over(0..kind.units(), files);
         arena
     }
 
@@ -86,35 +117,35 @@ impl Arena {
     }
 
     /// Maps new memory of the kind.
-    pub fn map_over(&self, units: Range<usize>, file: &OwnedFd) {
-        self.map_at(self.map, units, file);
+    pub fn map_over(&self, units: Range<usize>, files: &Files) {
+        self.map_at(self.map, units, files);
     }
 
     /// Each unit of hugetlb is a mapping by itself: in Linux 7.3.4 mremap() of a part of a private
     /// mapping loses the reservations of the rest. So none of them is ever split here.
-    fn map_at(&self, map: Map, units: Range<usize>, file: &OwnedFd) {
+    fn map_at(&self, map: Map, units: Range<usize>, files: &Files) {
         let step = if self.kind.is_huge() { 1 } else { units.len() };
         for unit in units.step_by(step) {
-            self.map_part(map, unit..unit + step, file);
+            self.map_part(map, unit..unit + step, files);
         }
     }
 
-    fn map_part(&self, map: Map, units: Range<usize>, file: &OwnedFd) {
+    fn map_part(&self, map: Map, units: Range<usize>, files: &Files) {
         let pages = self.pages(&units);
         let (at, len) = (map.void(pages.start), pages.len() * PAGE);
         let flags = MapFlags::FIXED
             | match self.kind {
                 Private | Copied | Thp => MapFlags::PRIVATE,
-                Shared | File => MapFlags::SHARED,
+                Shared | File | Disk => MapFlags::SHARED,
                 Huge => MapFlags::PRIVATE | MapFlags::HUGETLB,
                 SharedHuge => MapFlags::SHARED | MapFlags::HUGETLB,
             };
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: No reference points into a map.
         let mapped = unsafe {
-            match self.kind.is_file() {
-                true => mmap(at, len, access, flags, file, (units.start * PAGE) as u64),
-                false => mmap_anonymous(at, len, access, flags),
+            match self.kind.file().map(|which| files.get(which)) {
+                Some(file) => mmap(at, len, access, flags, file, (units.start * PAGE) as u64),
+                None => mmap_anonymous(at, len, access, flags),
             }
         };
         assert_eq!(mapped, Ok(at), "mmap, {:?}", self.kind);
@@ -124,7 +155,7 @@ impl Arena {
     }
 
     /// Moves a unit away. With `keep` its mapping stays.
-    pub fn move_away(&self, unit: usize, keep: bool, file: &OwnedFd) {
+    pub fn move_away(&self, unit: usize, keep: bool, files: &Files) {
         let keep = keep && !self.kind.is_huge();
         let flags = if keep {
             MremapFlags::DONTUNMAP
@@ -133,14 +164,14 @@ impl Arena {
         };
         self.move_unit(self.map, self.scratch, unit, flags);
         if !keep {
-            self.map_over(unit..unit + 1, file);
+            self.map_over(unit..unit + 1, files);
         }
         self.scratch.unmap(self.pages(&(unit..unit + 1)));
     }
 
     /// Moves other memory of the kind over a unit.
-    pub fn move_over(&self, unit: usize, file: &OwnedFd) {
-        self.map_at(self.scratch, unit..unit + 1, file);
+    pub fn move_over(&self, unit: usize, files: &Files) {
+        self.map_at(self.scratch, unit..unit + 1, files);
         self.move_unit(self.scratch, self.map, unit, MremapFlags::empty());
     }
 

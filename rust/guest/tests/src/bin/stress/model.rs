@@ -4,7 +4,7 @@
 //! A change is *due* for each live region that it concerns. An event settles it if it is
 //! applied after the change began, covers it with the right reason, and is not newer than the
 //! counter was after the change. So the event of a later change does not hide a lost one.
-//! The same holds for changes of the common file, also by another process.
+//! The same holds for changes of the common files, also by another process.
 
 use crate::{
     file::FileChanges,
@@ -94,7 +94,8 @@ pub struct Region {
     due: Vec<Due>,
     /// What may be reported as unmapped since it was settled.
     unmapped: Units,
-    is_file: bool,
+    /// The index of its common file.
+    which_file: Option<usize>,
 }
 
 impl Region {
@@ -112,7 +113,7 @@ impl Region {
             reported: 0,
             due: Vec::new(),
             unmapped: 0,
-            is_file: arena.kind.is_file(),
+            which_file: arena.kind.file(),
         }
     }
 
@@ -196,7 +197,7 @@ pub struct Model {
     /// The changes that are being made and unmap: number, arena and units.
     unmapping: Vec<(u64, usize, Units)>,
     file: &'static FileChanges,
-    /// How many changes of the file it knows, and the number of the last one here, if that is
+    /// How many changes of the files it knows, and the number of the last one here, if that is
     /// still being made.
     file_changes: u64,
     file_change: Option<u64>,
@@ -216,7 +217,7 @@ impl Model {
         }
     }
 
-    /// Takes over what has happened to the file. The caller does that before anything else.
+    /// Takes over what has happened to the files. The caller does that before anything else.
     pub fn follow_file(&mut self) {
         // In this order: each change before the last one that has begun has ended.
         let begun = self.file.begun();
@@ -233,8 +234,9 @@ impl Model {
             self.file_changes += 1;
             self.changes += 1;
             self.file_change = Some(self.changes);
-            let units = self.file.units(self.file_changes);
-            for region in self.regions.values_mut().filter(|region| region.is_file) {
+            let (which, units) = self.file.units(self.file_changes);
+            let regions = self.regions.values_mut();
+            for region in regions.filter(|region| region.which_file == Some(which)) {
                 // What is not mapped is not concerned.
                 let unmapped = self.unmapping.iter().filter(|(_, a, _)| *a == region.arena);
                 let unmapped = unmapped.fold(0, |all, (.., set)| all | set);

@@ -4,7 +4,7 @@
 use crate::{
     Shared,
     file::Counters,
-    memory::{Arena, Kind},
+    memory::{Arena, Files, Kind},
     model::{Model, units},
     thread::{HUGE_SLOTS, Thread},
 };
@@ -45,16 +45,24 @@ pub const ROUNDS: usize = 8;
 pub const OPERATIONS: u64 = (THREADS * STEPS * ROUNDS) as u64;
 
 /// Each thread has an arena of each of these, whose mapping nobody else changes,
-pub const OWN: [Kind; 4] = [Kind::Private, Kind::Shared, Kind::File, Kind::Copied];
-/// and all use these, the last ones not as often.
-const ALL: [Kind; 5] = [
+pub const OWN: [Kind; 5] = [
+    Kind::Private,
+    Kind::Shared,
+    Kind::File,
+    Kind::Copied,
+    Kind::Disk,
+];
+/// and all use these, those from FIRST_RARE on not as often.
+const ALL: [Kind; 6] = [
     Kind::Private,
     Kind::File,
+    Kind::Disk,
     Kind::Thp,
     Kind::Huge,
     Kind::SharedHuge,
 ];
-pub const FIRST_HUGE: usize = 2;
+pub const FIRST_RARE: usize = 3;
+const _: () = assert!(matches!(ALL[FIRST_RARE], Kind::Thp));
 
 /// Pages of hugetlb that a process needs: two for each region, for each mapping, for what is
 /// mapped over it, and for a child of each thread.
@@ -98,7 +106,7 @@ pub struct Process {
     /// Its place among the processes that run at once.
     pub place: usize,
     pub shared: &'static Shared,
-    pub file: OwnedFd,
+    pub files: Files,
     pub pd: Arc<Pd>,
     pub queues: Vec<(NotifyQueue, GenerationPage)>,
     pub arenas: Vec<Arena>,
@@ -118,7 +126,7 @@ pub fn live(
     place: usize,
     seed: u64,
     shared: &'static Shared,
-    file: OwnedFd,
+    files: Files,
     huge: bool,
     socket: &OwnedFd,
 ) -> ! {
@@ -148,9 +156,9 @@ pub fn live(
         place,
         shared,
         arenas: kinds
-            .map(|(index, &kind)| Arena::new(index, kind, &file))
+            .map(|(index, &kind)| Arena::new(index, kind, &files))
             .collect(),
-        file,
+        files,
         model: Mutex::new(Model::new(place, queues.len(), &shared.file)),
         counters: Counters::new(&shared.places),
         queues,

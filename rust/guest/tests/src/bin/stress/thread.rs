@@ -2,13 +2,13 @@
 //! A thread that registers and changes mappings. Thread 0 also makes the quiet points.
 
 use crate::{
-    memory::{Arena, Kind, UNITS},
+    memory::{Arena, DISK, Kind, MEMORY, UNITS},
     model::{self, Region},
-    process::{COMMON, FIRST_HUGE, OWN, Process, ROUNDS, STEPS, THREADS},
+    process::{COMMON, FIRST_RARE, OWN, Process, ROUNDS, STEPS, THREADS},
 };
 use rand::{RngExt, rngs::SmallRng, seq::IteratorRandom};
 use rustix::{
-    fs::{FallocateFlags, FlockOperation, Mode, OFlags, fallocate, flock, ftruncate, open},
+    fs::{FallocateFlags, FlockOperation, Mode, OFlags, fallocate, flock, fsync, ftruncate, open},
     io::Errno,
     mm::MprotectFlags,
     process::{Signal, getpid, kill_process},
@@ -38,7 +38,7 @@ const BELL: usize = SLOTS - 1;
 /// Seconds after which a process that has not reached its next quiet point is ended.
 const LIMIT: u32 = 150;
 
-/// While this exists nobody changes the file, or nobody else.
+/// While this exists nobody changes the files, or nobody else.
 struct FileLock(Rc<OwnedFd>);
 
 impl Drop for FileLock {
@@ -58,7 +58,7 @@ pub struct Thread<'a> {
     peer: Option<Peer>,
     slots: [Option<(u64, Mr)>; SLOTS],
     cookie: u64,
-    /// The file, opened once more, so that this thread can lock it.
+    /// The file in memory, opened once more, so that this thread can lock it.
     file: Rc<OwnedFd>,
     nowhere: Map,
     token: u8,
@@ -66,7 +66,7 @@ pub struct Thread<'a> {
 
 impl<'a> Thread<'a> {
     pub fn new(process: &'a Process, index: usize, random: SmallRng, dice: SmallRng) -> Self {
-        let path = format!("/proc/self/fd/{}", process.file.as_raw_fd());
+        let path = format!("/proc/self/fd/{}", process.files.get(MEMORY).as_raw_fd());
         let file = open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
         let has_peer = process.pd.context().driver_id() != RDMA_DRIVER_SIW;
         Self {
@@ -121,8 +121,8 @@ impl<'a> Thread<'a> {
         let all = THREADS * OWN.len();
         let arenas = match random.random_range(0..16) {
             0..8 => self.index * OWN.len()..(self.index + 1) * OWN.len(),
-            8..15 => all..all + FIRST_HUGE,
-            _ => all + FIRST_HUGE..process.bell().index,
+            8..15 => all..all + FIRST_RARE,
+            _ => all + FIRST_RARE..process.bell().index,
         };
         let arena = &process.arenas[random.random_range(arenas)];
         let count = arena.kind.units();
@@ -130,7 +130,7 @@ impl<'a> Thread<'a> {
         let units = start..random.random_range(start + 1..=count.min(start + 5));
         let slot = random.random_range(0..BELL);
         let what = random.random_range(0..100_u8);
-        let (pages, file) = (arena.pages(&units), &process.file);
+        let (pages, files) = (arena.pages(&units), &process.files);
 
         let unmap = |units: Range<usize>, change: &dyn Fn()| {
             let _lock = arena.lock.write().unwrap();
@@ -150,16 +150,17 @@ impl<'a> Thread<'a> {
                 };
                 self.deregister(slot);
                 let queue = if coin { COMMON } else { self.index };
-                self.register(slot, arena, units, queue, !rare);
+                let writable = !rare && arena.kind != Kind::Disk;
+                self.register(slot, arena, units, queue, writable);
             }
             22..37 => self.deregister(slot),
             37..45 => unmap(units.clone(), &|| {
                 arena.map.unmap(pages.clone());
-                arena.map_over(units.clone(), file);
+                arena.map_over(units.clone(), files);
             }),
-            45..52 => unmap(units.clone(), &|| arena.map_over(units.clone(), file)),
-            52..57 => unmap(start..start + 1, &|| arena.move_away(start, coin, file)),
-            57..60 => unmap(start..start + 1, &|| arena.move_over(start, file)),
+            45..52 => unmap(units.clone(), &|| arena.map_over(units.clone(), files)),
+            52..57 => unmap(start..start + 1, &|| arena.move_away(start, coin, files)),
+            57..60 => unmap(start..start + 1, &|| arena.move_over(start, files)),
             60..70 => advise(if rare {
                 libc::MADV_DONTNEED_LOCKED
             } else {
@@ -171,20 +172,27 @@ impl<'a> Thread<'a> {
             }
             74..76 if arena.kind == Kind::File => {
                 let _lock = arena.lock.read().unwrap();
-                self.change_file(units, || {
+                self.change_file(MEMORY, units, || {
                     arena.map.advise(pages, libc::MADV_REMOVE).expect("madvise");
                 });
             }
-            70..78 => self.change_file(units.clone(), || {
+            // Write-back leaves the pages mapped: no lock, and nothing is due. ext2 has no holes.
+            70..78 if arena.kind == Kind::Disk => {
+                fsync(files.get(DISK)).expect("fsync");
+            }
+            70..78 => self.change_file(MEMORY, units.clone(), || {
                 let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 let (start, len) = (units.start * PAGE, units.len() * PAGE);
-                fallocate(file, mode, start as u64, len as u64).expect("fallocate");
+                fallocate(files.get(MEMORY), mode, start as u64, len as u64).expect("fallocate");
             }),
-            78..80 => self.change_file(start..UNITS, || {
-                for pages in [start, UNITS] {
-                    ftruncate(file, (pages * PAGE) as u64).expect("ftruncate");
-                }
-            }),
+            78..80 => {
+                let which = arena.kind.file().unwrap_or(MEMORY);
+                self.change_file(which, start..UNITS, || {
+                    for pages in [start, UNITS] {
+                        ftruncate(files.get(which), (pages * PAGE) as u64).expect("ftruncate");
+                    }
+                })
+            }
             80..84 => {
                 let _lock = arena.lock.write().unwrap();
                 arena.map.protect(pages.clone(), MprotectFlags::READ);
@@ -233,7 +241,7 @@ impl<'a> Thread<'a> {
             args.access = IBV_ACCESS_REMOTE_READ;
         }
         // Others may unmap, protect or truncate it meanwhile.
-        let may_fail = arena.kind.is_file() || arena.index >= THREADS * OWN.len();
+        let may_fail = arena.kind.file().is_some() || arena.index >= THREADS * OWN.len();
         match try_reg(&process.pd, &args) {
             Ok(mr) => {
                 process.model().registered(cookie, mr.rkey());
@@ -260,13 +268,15 @@ impl<'a> Thread<'a> {
         FileLock(self.file.clone())
     }
 
-    /// Takes pages of the file away, from all processes.
-    fn change_file(&self, units: Range<usize>, change: impl FnOnce()) {
+    /// Takes pages of a file away, from all processes.
+    fn change_file(&self, which: usize, units: Range<usize>, change: impl FnOnce()) {
         let _lock = self.lock_file(FlockOperation::LockExclusive);
         let Process {
             shared, counters, ..
         } = self.process;
-        shared.file.make(model::units(units), counters, change);
+        shared
+            .file
+            .make(which, model::units(units), counters, change);
     }
 
     /// The byte of a unit that no other thread of any process uses.
