@@ -188,9 +188,13 @@ pub fn live(
     unreachable!("a thread ends the process");
 }
 
+/// The most events that are read at once, and the room for them.
+const EVENTS: usize = 19;
+const BUFFER: usize = EVENTS * size_of::<Event>();
+
 /// Lengths of two buffers for some events, of which one may straddle them.
 fn pieces(dice: &mut SmallRng) -> [usize; 2] {
-    let len = dice.random_range(1..20) * size_of::<Event>();
+    let len = dice.random_range(1..=EVENTS) * size_of::<Event>();
     let first = dice.random_range(1..len);
     [first, len - first]
 }
@@ -239,8 +243,28 @@ impl Process {
 
     /// Reads until EAGAIN. Returns false if the device is gone.
     pub fn drain(&self, queue: usize, dice: &mut SmallRng) -> bool {
+        let fd = &self.queues[queue].0;
+        self.drain_by(queue, || read_pieces(fd, &pieces(dice), libc::RWF_NOWAIT))
+    }
+
+    /// As `drain`, by an FD that was sent over a socket. It uses plain read(), so the queue must be
+    /// nonblocking.
+    pub fn drain_sent(&self, queue: usize, dice: &mut SmallRng) -> bool {
+        let (ours, theirs) = sockets();
+        send(&ours, &self.queues[queue].0);
+        let fd = receive(&theirs);
+        let mut buffer = [0; BUFFER];
+        self.drain_by(queue, || {
+            let len = pieces(dice).iter().sum();
+            let len = rustix::io::read(&fd, &mut buffer[..len])?;
+            Ok(buffer[..len].to_vec())
+        })
+    }
+
+    /// Calls `read` until EAGAIN. Returns false if the device is gone.
+    fn drain_by(&self, queue: usize, mut read: impl FnMut() -> io::Result<Vec<u8>>) -> bool {
         loop {
-            match read_pieces(&self.queues[queue].0, &pieces(dice), libc::RWF_NOWAIT) {
+            match read() {
                 Ok(bytes) => self.apply(queue, &bytes),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(e) if self.is_gone(&e) => return false,
@@ -279,7 +303,7 @@ impl Process {
 
     fn read_uring(&self, mut dice: SmallRng) {
         let mut ring = IoUring::new(1).expect("make a ring");
-        let mut buffer = [0; 20 * size_of::<Event>()];
+        let mut buffer = [0; BUFFER];
         let fd = Fd(self.queues[COMMON].0.as_fd().as_raw_fd());
         loop {
             let len: usize = pieces(&mut dice).iter().sum();

@@ -208,6 +208,9 @@ impl<'a> Thread<'a> {
                 }
             }
             88..97 => self.check(),
+            98 => {
+                process.drain_sent(self.index, &mut self.dice);
+            }
             99 if coin => self.fork(rare),
             97.. => {
                 let read = read_raw(&process.queues[self.index].0, self.nowhere.at(0), PAGE);
