@@ -269,7 +269,13 @@ fn killed() {
     let done = unsafe { &*done };
     let child = Child::fork(|| {
         let fixture = Fixture::new();
-        let blocking = NotifyQueue::alloc(&fixture.context).expect("make a queue");
+        let waiting = NotifyQueue::alloc(&fixture.context).expect("make a queue");
+        let waiting = Arc::new(waiting);
+        let _readers = [(); 2].map(|()| {
+            let queue = waiting.clone();
+            let read = move || queue.read(&mut [Event::default()]);
+            Blocked::spawn(&[libc::SYS_read], read)
+        });
         let map = Map::new(2);
         let _mr = fixture.watch(map, 0..2, 7);
         let repeat = |nth: usize, work: &(dyn Fn() + Sync)| {
@@ -287,9 +293,6 @@ fn killed() {
                 let other = Map::new(1);
                 repeat(2, &|| drop(fixture.watch(other, 0..1, 8)));
             });
-            for _ in 0..2 {
-                scope.spawn(|| blocking.read(&mut [Event::default()]));
-            }
         });
         0
     });
