@@ -36,8 +36,8 @@ use loom::{
 use std::{collections::BTreeSet, ops::Range, sync};
 
 const PAGE: usize = 4096;
-/// Two MRs of two pages, whose cookies are their indices.
-const MRS: [Range<usize>; 2] = [2 * PAGE..4 * PAGE, 6 * PAGE..8 * PAGE];
+/// MRs of two pages, whose cookies are their indices.
+const MRS: [Range<usize>; 3] = [2 * PAGE..4 * PAGE, 6 * PAGE..8 * PAGE, 10 * PAGE..12 * PAGE];
 
 const READABLE: u32 = POLLIN | POLLRDNORM;
 
@@ -1203,6 +1203,69 @@ fn start_stop() {
     });
 
     assert_eq!(results, BTreeSet::from([(false, 0), (false, 1), (true, 1)]));
+}
+
+/// G3, G4: a registration has no gap while a read with a partial fault delivers its events one at a
+/// time.
+#[test]
+fn start_with_partial_fault() {
+    let results = check::model(Some(4), || {
+        let setup = Setup::new();
+        let others = [setup.live(0), setup.live(1)];
+        let changed = sync::Arc::new(AtomicBool::new(false));
+
+        setup.unmap(0..usize::MAX);
+
+        let unmap = {
+            let changed = changed.clone();
+
+            spawn(&setup, move |setup| {
+                setup
+                    .mm
+                    .invalidate(Event::UNMAP, MRS[2].clone(), || changed.store(true, SeqCst));
+            })
+        };
+        let read = spawn(&setup, |setup| {
+            let mut sink = Sink {
+                fault: Fault::Part,
+                ..Sink::default()
+            };
+            let result = setup.queue.read(4, true, &mut sink);
+
+            (result, sink.records)
+        });
+        let watch = setup.start(2);
+        let stale = !changed.load(SeqCst);
+
+        go_live(&watch);
+        unmap.join().unwrap();
+
+        let (result, mut records) = read.join().unwrap();
+        let at_once = result.unwrap();
+
+        records.extend(setup.drain());
+        assert!(records.is_sorted_by_key(|record| record.generation));
+
+        let cookies: Vec<_> = records.iter().map(|record| record.cookie).collect();
+        let events = cookies.len() - 2;
+
+        assert_eq!(cookies, [0, 1, 2][..cookies.len()]);
+        assert!(!stale || events == 1, "stale without an event");
+        assert_eq!(others.map(queue::stop), [1, 1]);
+        assert_eq!(queue::stop(watch) as usize, events);
+        (stale, events, at_once)
+    });
+
+    assert_eq!(
+        results,
+        BTreeSet::from([
+            (false, 0, 2),
+            (false, 1, 2),
+            (false, 1, 3),
+            (true, 1, 2),
+            (true, 1, 3)
+        ])
+    );
 }
 
 /// G5, G8: the page is freed while a reader takes an event, or sleeps.
