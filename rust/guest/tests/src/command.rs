@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The extended commands.
 
+use crate::OwnDevice;
 use rustix::io::write;
-use std::{io, slice};
+use std::{io, os::fd::AsFd, slice, sync::Arc};
 use uverbs_mmu_notify::{Context, Request, sys::uapi::*};
 
 /// struct ib_uverbs_cmd_hdr and struct ib_uverbs_ex_cmd_hdr.
@@ -15,6 +16,30 @@ pub enum Form {
     Write,
     /// INVOKE_WRITE
     Invoke,
+}
+
+/// An open uverbs file with a context.
+pub trait Uverbs: AsFd {
+    /// The driver's number, for ioctls.
+    fn driver_id(&self) -> u32;
+}
+
+impl Uverbs for Context {
+    fn driver_id(&self) -> u32 {
+        Context::driver_id(self)
+    }
+}
+
+impl Uverbs for Arc<Context> {
+    fn driver_id(&self) -> u32 {
+        Context::driver_id(self)
+    }
+}
+
+impl Uverbs for OwnDevice {
+    fn driver_id(&self) -> u32 {
+        RDMA_DRIVER_UNKNOWN
+    }
 }
 
 /// Plain integers without padding, a multiple of eight bytes.
@@ -48,7 +73,7 @@ pub fn attr(id: u32, len: u16, data: u64) -> ib_uverbs_attr {
 /// Sends a command whose response goes to `response`, `room` bytes.
 pub fn send_command(
     form: Form,
-    context: &Context,
+    context: &impl Uverbs,
     command: u32,
     input: &[u8],
     response: *mut u8,
@@ -84,7 +109,7 @@ pub fn send_command(
                     .raw(attr(UVERBS_ATTR_CORE_IN, input.len() as u16, data))
                     .raw(attr(UVERBS_ATTR_CORE_OUT, room as u16, response as u64))
             };
-            context.call(&mut request)
+            request.call(context, context.driver_id())
         }
     }
 }
@@ -92,7 +117,7 @@ pub fn send_command(
 /// Sends a command, and returns its response.
 pub fn call_command<I: Plain, O: Plain>(
     form: Form,
-    context: &Context,
+    context: &impl Uverbs,
     command: u32,
     input: &I,
 ) -> io::Result<O> {

@@ -17,7 +17,7 @@ use std::{
     io::{self, Read, Seek, SeekFrom},
     ops::Range,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::fs::{FileExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
@@ -185,6 +185,39 @@ impl OwnDevice {
     /// Makes a call in the context.
     pub fn call(&self, request: &mut Request) -> io::Result<()> {
         request.call(&self.uverbs, RDMA_DRIVER_UNKNOWN)
+    }
+
+    /// Allocates a PD, and returns its handle.
+    pub fn alloc_pd(&self) -> u32 {
+        let mut pd = 0;
+        let mut request = Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INVOKE_WRITE)
+            .input(UVERBS_ATTR_WRITE_CMD, IB_USER_VERBS_CMD_ALLOC_PD.into())
+            .input(UVERBS_ATTR_CORE_IN, 0)
+            .output(UVERBS_ATTR_CORE_OUT, &mut pd);
+        self.call(&mut request).expect("ALLOC_PD");
+        pd
+    }
+
+    /// How many regions the context has, up to two.
+    pub fn regions(&self) -> u32 {
+        let (mut count, mut handles) = (0_u32, 0_u64);
+        let mut request = Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INFO_HANDLES)
+            .input(UVERBS_ATTR_INFO_OBJECT_ID, UVERBS_OBJECT_MR.into())
+            .output(UVERBS_ATTR_INFO_TOTAL_HANDLES, &mut count)
+            .output(UVERBS_ATTR_INFO_HANDLES_LIST, &mut handles);
+        self.call(&mut request).expect("INFO_HANDLES");
+        count
+    }
+
+    /// Makes a queue.
+    pub fn alloc_queue(&self) -> OwnedFd {
+        let id = UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE;
+        let mut request =
+            Request::new(UVERBS_OBJECT_MMU_NOTIFY, UVERBS_METHOD_MMU_NOTIFY_ALLOC).object(id, 0);
+        self.call(&mut request).expect("make a queue");
+        let queue = request.data(id).expect("it was added above") as i32;
+        // SAFETY: The call has just made this FD for us.
+        unsafe { OwnedFd::from_raw_fd(queue) }
     }
 }
 

@@ -19,7 +19,7 @@ mod scm_rights;
 mod userfault;
 
 pub use cgroup::{Group, in_group};
-pub use command::{Form, Plain, attr, bytes, call_command, send_command};
+pub use command::{Form, Plain, Uverbs, attr, bytes, call_command, send_command};
 pub use device::{Device, device, expect_no_regions, expect_regions, run, stress};
 pub use holder::{Holder, Kind, Work};
 pub use kernel::{

@@ -5,7 +5,7 @@
 use rustix::io::Errno;
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd},
 };
 use uverbs_mmu_notify::{Request, sys::uapi::*};
 use uverbs_mmu_notify_tests::*;
@@ -120,17 +120,6 @@ fn reg_dmabuf_mr() {
     expect_errno(call(true), errno, "REG_DMABUF_MR, watched");
 }
 
-/// Allocates a PD, and returns its handle.
-fn alloc_pd(device: &OwnDevice) -> u32 {
-    let mut pd = 0;
-    let mut request = Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INVOKE_WRITE)
-        .input(UVERBS_ATTR_WRITE_CMD, IB_USER_VERBS_CMD_ALLOC_PD.into())
-        .input(UVERBS_ATTR_CORE_IN, 0)
-        .output(UVERBS_ATTR_CORE_OUT, &mut pd);
-    device.call(&mut request).expect("ALLOC_PD");
-    pd
-}
-
 /// The iova and the length of a region.
 fn query(device: &OwnDevice, mr: u32) -> (u64, u64) {
     let (mut lkey, mut rkey) = (0_u32, 0_u32);
@@ -145,24 +134,13 @@ fn query(device: &OwnDevice, mr: u32) -> (u64, u64) {
     (iova, length)
 }
 
-/// How many regions the context has, up to two.
-fn regions(device: &OwnDevice) -> u32 {
-    let (mut count, mut handles) = (0_u32, 0_u64);
-    let mut request = Request::new(UVERBS_OBJECT_DEVICE, UVERBS_METHOD_INFO_HANDLES)
-        .input(UVERBS_ATTR_INFO_OBJECT_ID, UVERBS_OBJECT_MR.into())
-        .output(UVERBS_ATTR_INFO_TOTAL_HANDLES, &mut count)
-        .output(UVERBS_ATTR_INFO_HANDLES_LIST, &mut handles);
-    device.call(&mut request).expect("INFO_HANDLES");
-    count
-}
-
 /// Interface: QUERY_MR returns iova and length of a region by REG_DMABUF_MR.
 #[test]
 fn dmabuf_mr_has_iova_and_length() {
     let device = OwnDevice::new();
     let (iova, length) = (0x1234_0000_0000, 3 * PAGE as u64);
     let mut keys = [0; 2];
-    let mut request = dmabuf_mr(alloc_pd(&device), iova, length, &mut keys);
+    let mut request = dmabuf_mr(device.alloc_pd(), iova, length, &mut keys);
     device.call(&mut request).expect("REG_DMABUF_MR");
     let mr = request.data(UVERBS_ATTR_REG_DMABUF_MR_HANDLE);
     let mr = mr.expect("it was added above") as u32;
@@ -177,7 +155,7 @@ fn dm_mr_reg() {
     const LENGTH: u64 = 1024;
     let device = OwnDevice::new();
     let watches = Watches::new();
-    let pd = alloc_pd(&device);
+    let pd = device.alloc_pd();
 
     let request = Request::new(UVERBS_OBJECT_DM, UVERBS_METHOD_DM_ALLOC)
         .object(UVERBS_ATTR_ALLOC_DM_HANDLE, 0)
@@ -187,13 +165,7 @@ fn dm_mr_reg() {
     let dm = request.data(UVERBS_ATTR_ALLOC_DM_HANDLE);
     let dm = dm.expect("it was added above") as i64;
 
-    let id = UVERBS_ATTR_MMU_NOTIFY_ALLOC_FD_HANDLE;
-    let mut request =
-        Request::new(UVERBS_OBJECT_MMU_NOTIFY, UVERBS_METHOD_MMU_NOTIFY_ALLOC).object(id, 0);
-    device.call(&mut request).expect("make a queue");
-    let queue = request.data(id).expect("it was added above") as i32;
-    // SAFETY: The call has just made this FD for us.
-    let queue = unsafe { OwnedFd::from_raw_fd(queue) };
+    let queue = device.alloc_queue();
 
     let reg = |fd: Option<i64>, cookie: Option<u64>| {
         let (mut lkey, mut rkey) = (0_u32, 0_u32);
@@ -226,9 +198,9 @@ fn dm_mr_reg() {
     for (fd, cookie) in [(fd, Some(7)), (fd, None), (None, Some(7))] {
         expect_errno(reg(fd, cookie), Errno::PROTONOSUPPORT, "DM_MR_REG, watched");
     }
-    assert_eq!(regions(&device), 1, "regions");
+    assert_eq!(device.regions(), 1, "regions");
     watches.expect_stopped(0);
     let reported = destroy_handle_of(&device, RDMA_DRIVER_UNKNOWN, mr, 99);
     assert_eq!(reported, 0, "events reported");
-    assert_eq!(regions(&device), 0, "regions then");
+    assert_eq!(device.regions(), 0, "regions then");
 }

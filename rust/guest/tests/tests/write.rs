@@ -459,3 +459,33 @@ fn another_address_space() {
         fixture.expect_quiet(0, "what was refused");
     }
 }
+
+/// G3: the command REG_MR_NOTIFY is missing where the driver cannot register memory.
+#[test]
+fn reg_mr_notify_without_the_method() {
+    let device = OwnDevice::new();
+    let queue = device.alloc_queue();
+    let map = Map::new(1);
+    let input = ib_uverbs_ex_reg_mr_notify {
+        pd_handle: device.alloc_pd(),
+        start: map.at(0) as u64,
+        length: PAGE as u64,
+        hca_va: map.at(0) as u64,
+        cookie: 7,
+        access_flags: IB_UVERBS_ACCESS_LOCAL_WRITE,
+        notify_fd: queue.as_raw_fd(),
+        ..Default::default()
+    };
+    let command = IB_USER_VERBS_EX_CMD_REG_MR_NOTIFY;
+    // write() treats a missing command as a non-extended one. Its length is in words of four bytes,
+    // so verify_hdr() returns EINVAL (uverbs_main.c).
+    for (form, errno) in [
+        (Form::Write, Errno::INVAL),
+        (Form::Invoke, Errno::OPNOTSUPP),
+    ] {
+        let result: io::Result<ib_uverbs_ex_reg_mr_notify_resp> =
+            call_command(form, &device, command, &input);
+        expect_errno(result, errno, &format!("REG_MR_NOTIFY, {form:?}"));
+    }
+    assert_eq!(device.regions(), 0, "regions");
+}
