@@ -428,21 +428,29 @@ fn vmalloc() -> Range<u64> {
 }
 
 /// Runs `once` with the first fault of a kind that its call of [`Injection::inject`] can have,
-/// with the second one, and so on, until there is none left. Returns how many made the call
-/// fail.
+/// with the second one, and so on, until there is none left. Fails if there is none at all.
+/// Returns how many made the call fail.
 #[track_caller]
-pub fn each_fault(what: &str, mut once: impl FnMut(&mut Injection)) -> u32 {
-    let failed = each_nth(what, false, &mut once);
+pub fn each_fault(what: &str, once: impl FnMut(&mut Injection)) -> u32 {
+    let (injected, failed) = each_fault_if_any(what, once);
+    assert!(injected > 0, "{what}: no faults");
+    failed
+}
+
+/// The same, but there may be none. Returns how many there were, and how many made it fail.
+#[track_caller]
+pub fn each_fault_if_any(what: &str, mut once: impl FnMut(&mut Injection)) -> (u32, u32) {
+    let (injected, failed) = each_nth(what, false, &mut once);
     // vmalloc reports its failure.
     let reports = Reports::of("vmalloc error");
-    let failed_there = each_nth(&format!("{what}, in vmalloc"), true, &mut once);
+    let (injected_there, failed_there) = each_nth(&format!("{what}, in vmalloc"), true, &mut once);
     reports.end();
-    failed + failed_there
+    (injected + injected_there, failed + failed_there)
 }
 
 /// The same, for the faults in vmalloc or for all others.
 #[track_caller]
-fn each_nth(what: &str, vmalloc: bool, once: &mut impl FnMut(&mut Injection)) -> u32 {
+fn each_nth(what: &str, vmalloc: bool, once: &mut impl FnMut(&mut Injection)) -> (u32, u32) {
     let (mut injected, mut failed) = (0, 0);
     for kind in FAULTS {
         match vmalloc {
@@ -477,7 +485,7 @@ fn each_nth(what: &str, vmalloc: bool, once: &mut impl FnMut(&mut Injection)) ->
     if injected > 0 || !vmalloc {
         eprintln!("{what}: {injected} faults, of which {failed} made it fail");
     }
-    failed
+    (injected, failed)
 }
 
 /// Keeps expected reports of the kernel from the console, where they would be splats. Marks in

@@ -24,7 +24,7 @@ pub use device::{Device, device, expect_no_regions, expect_regions, run, stress}
 pub use holder::{Holder, Kind, Work};
 pub use kernel::{
     Contention, FailAllocation, FailingDereg, Hold, Injection, Methods, OwnDevice, Ready, Reports,
-    Stack, Warnings, Watches, counter_pages, each_fault,
+    Stack, Warnings, Watches, counter_pages, each_fault, each_fault_if_any,
 };
 pub use load::Load;
 pub use map::{Map, PAGE, file_on_disk, memfd};
