@@ -169,8 +169,9 @@ pub fn memfd(pages: usize, flags: MemfdFlags) -> OwnedFd {
     file
 }
 
-/// A new file of `pages` pages on a file system with write-back. This formats /dev/ram1, so the test
-/// must run alone (ci/nextest.toml). A shared mapping of it can only be registered for reading.
+/// A new file of `pages` pages on a file system with write-back. This formats /dev/ram1, so the
+/// test must run alone (ci/nextest.toml). A shared mapping of it can only be registered for
+/// reading.
 pub fn file_on_disk(pages: usize) -> OwnedFd {
     let disk = "/dev/ram1";
     let mount = env::temp_dir().join("disk").display().to_string();

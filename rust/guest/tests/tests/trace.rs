@@ -47,8 +47,8 @@ fn traced(cookie: u64) -> Vec<String> {
         .collect()
 }
 
-/// Interface: the whole life of a region. An invalidation that is merged into a pending event has no
-/// generation.
+/// Interface: the whole life of a region. An invalidation that is merged into a pending event has
+/// no generation.
 #[test]
 fn whole_life() {
     const COOKIE: u64 = 0x7abc;

@@ -1205,8 +1205,8 @@ fn start_stop() {
     assert_eq!(results, BTreeSet::from([(false, 0), (false, 1), (true, 1)]));
 }
 
-/// G3, G4: a registration has no gap while a read with a partial fault delivers its events one at a
-/// time.
+/// G3, G4: a registration has no gap while a read delivers one event after a partial fault, and
+/// then the rest.
 #[test]
 fn start_with_partial_fault() {
     let results = check::model(Some(4), || {

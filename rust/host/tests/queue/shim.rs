@@ -30,8 +30,8 @@ use kernel::{
 use loom::thread;
 use std::{collections::BTreeSet, sync};
 
-/// The thread that begins later loads and stores. Without the repair of the atomics it never does so
-/// before the other one loads.
+/// The thread that begins later loads and stores. Without the repair of the atomics it never does
+/// so before the other one loads.
 #[test]
 fn store_precedes_earlier_load() {
     let results = check::model(None, || {

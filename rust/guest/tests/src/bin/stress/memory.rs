@@ -58,6 +58,7 @@ impl Kind {
     }
 }
 
+/// The indices in [`Files`].
 pub const MEMORY: usize = 0;
 pub const DISK: usize = 1;
 

@@ -176,7 +176,8 @@ impl<'a> Thread<'a> {
                     arena.map.advise(pages, libc::MADV_REMOVE).expect("madvise");
                 });
             }
-            // Write-back leaves the pages mapped: no lock, and nothing is due. ext2 has no holes.
+            // Write-back leaves the pages mapped: no lock, and nothing is due. ext2 cannot
+            // punch holes.
             70..78 if arena.kind == Kind::Disk => {
                 fsync(files.get(DISK)).expect("fsync");
             }
