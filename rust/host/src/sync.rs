@@ -541,8 +541,8 @@ pub mod poll {
 
         /// Wakes all pollers, and the `exclusive` sleepers that were first to come.
         ///
-        /// One with a pending signal that has not left yet counts. This is so in the kernel while it
-        /// has not seen the signal; later the next one would be woken instead.
+        /// One with a pending signal that has not left yet counts. This is so in the kernel while
+        /// it has not seen the signal; later the next one would be woken instead.
         fn wake(&self, exclusive: usize) {
             check::woken();
 
