@@ -611,57 +611,98 @@ fn create_by(form: Form, context: &Context) -> io::Result<NotifyQueue> {
     Ok(unsafe { OwnedFd::from_raw_fd(response.notify_fd) }.into())
 }
 
-/// G4: G8: creation of an FD leaves nothing, whichever fault makes it fail, and succeeds then.
-/// The event of another FD is not lost.
-#[test]
-fn creation_with_faults() {
-    type Create<'a> = &'a dyn Fn(&Context) -> io::Result<NotifyQueue>;
-    let fixture = Fixture::new();
-    let context = &*fixture.context;
-    let map = Map::new(1);
-    let _mr = fixture.watch(map, 0..1, 7);
-    map.unmap(0..1);
-    let queues = counter_pages();
-    let in_vmalloc = Cell::new(0);
-    let create = |fault: &mut Injection, create: Create| {
+/// Creations of FDs while another one has an event.
+struct Creation {
+    fixture: Fixture,
+    map: Map,
+    _mr: Mr,
+    queues: usize,
+    failed_in_vmalloc: Cell<u32>,
+}
+
+impl Creation {
+    fn new() -> Self {
+        let fixture = Fixture::new();
+        let map = Map::new(1);
+        let mr = fixture.watch(map, 0..1, 7);
+        map.unmap(0..1);
+        Self {
+            fixture,
+            map,
+            _mr: mr,
+            queues: counter_pages(),
+            failed_in_vmalloc: Cell::new(0),
+        }
+    }
+
+    /// Creates an FD, again if that fails, and closes it.
+    fn create(&self, fault: &mut Injection, create: impl Fn(&Context) -> io::Result<NotifyQueue>) {
+        let context = &*self.fixture.context;
         let files = open_files();
         let made = fault.inject(|| create(context));
         if made.is_err() {
             assert_eq!(open_files(), files, "open files, after it failed");
-            in_vmalloc.set(in_vmalloc.get() + u32::from(fault.is_of_vmalloc()));
+            let count = &self.failed_in_vmalloc;
+            count.set(count.get() + u32::from(fault.is_of_vmalloc()));
         }
         made.or_else(|_| create(context)).expect("create it then");
         assert_eq!(open_files(), files, "open files");
-    };
+    }
+
+    /// The counter pages that failed since the last call.
+    fn expect_failed_pages(&self, what: &str) {
+        let failed = self.failed_in_vmalloc.take();
+        assert!(failed > 0, "{what}: counter pages that failed");
+    }
+
+    /// Nothing is left, and the event of the other FD is not lost.
+    fn end(self) {
+        // The list of them is too long to be read each time.
+        assert_eq!(counter_pages(), self.queues, "queues");
+        self.fixture
+            .expect(&[Record::new(self.map, 0..1, 7, 1, UNMAPPED)]);
+    }
+}
+
+/// G4: G8: creation of an FD leaves nothing, whichever fault makes it fail, and succeeds then.
+/// The event of another FD is not lost.
+#[test]
+fn creation_with_faults() {
+    let creation = Creation::new();
     // The first one of a process sets up the notifiers of its address space.
     let failed = each_fault("MMU_NOTIFY_ALLOC, the first one", |fault| {
-        fault.in_child(|fault| create(fault, &NotifyQueue::alloc));
+        fault.in_child(|fault| creation.create(fault, NotifyQueue::alloc));
     });
     let second = each_fault("MMU_NOTIFY_ALLOC", |fault| {
-        create(fault, &NotifyQueue::alloc)
+        creation.create(fault, NotifyQueue::alloc)
     });
     assert!(failed > 3 && second > 3, "{failed}, {second}");
-    assert!(in_vmalloc.take() > 0, "counter pages that failed");
+    creation.expect_failed_pages("MMU_NOTIFY_ALLOC");
+    // More files than a child has room for: its table has to grow.
+    let dup = |_: &Context| Ok(fcntl_dupfd_cloexec(&creation.fixture.queue, 64)?.into());
+    let failed = each_fault("dup()", |fault| {
+        fault.in_child(|fault| creation.create(fault, dup));
+    });
+    assert!(failed > 0, "calls of dup() that failed");
+    creation.end();
+}
+
+/// G4: G8: the same of the write commands.
+#[test]
+fn creation_by_write_with_faults() {
+    let creation = Creation::new();
     let forms = [
         ("CREATE_MMU_NOTIFY by write()", Form::Write),
         ("CREATE_MMU_NOTIFY by INVOKE_WRITE", Form::Invoke),
     ];
     for (what, form) in forms {
         let failed = each_fault(what, |fault| {
-            create(fault, &|context| create_by(form, context));
+            creation.create(fault, |context| create_by(form, context));
         });
         assert!(failed > 3, "{what}: {failed}");
-        assert!(in_vmalloc.take() > 0, "{what}: counter pages that failed");
+        creation.expect_failed_pages(what);
     }
-    // More files than a child has room for: its table has to grow.
-    let dup = |_: &Context| Ok(fcntl_dupfd_cloexec(&fixture.queue, 64)?.into());
-    let failed = each_fault("dup()", |fault| {
-        fault.in_child(|fault| create(fault, &dup));
-    });
-    assert!(failed > 0, "calls of dup() that failed");
-    // The list of them is too long to be read each time.
-    assert_eq!(counter_pages(), queues, "queues");
-    fixture.expect(&[Record::new(map, 0..1, 7, 1, UNMAPPED)]);
+    creation.end();
 }
 
 /// Returns the handle.
@@ -734,25 +775,14 @@ fn cookies(fixture: &Fixture) -> Vec<u64> {
     events.map(|event| event.cookie).collect()
 }
 
-/// G3: G4: G8: a registration leaves and reports nothing, whichever fault makes it fail, and
-/// succeeds then. The event of another region is not lost.
-#[test]
-fn registration_with_faults() {
-    type Reg = fn(&Fixture, &MrArgs) -> io::Result<u32>;
+type Reg = fn(&Fixture, &MrArgs) -> io::Result<u32>;
+
+fn register_with_faults(forms: &[(&str, Reg)]) {
     let fixture = Fixture::new();
     let watches = Watches::new();
     let other = Map::new(1);
     let other_mr = fixture.watch(other, 0..1, 1);
-    let forms: [(&str, Reg); 3] = [
-        ("REG_MR", reg_by_ioctl),
-        ("REG_MR_NOTIFY by write()", |f, args| {
-            reg_by(Form::Write, f, args)
-        }),
-        ("REG_MR_NOTIFY by INVOKE_WRITE", |f, args| {
-            reg_by(Form::Invoke, f, args)
-        }),
-    ];
-    for (what, register) in forms {
+    for &(what, register) in forms {
         let failed = each_fault(what, |fault| {
             other.map_over(0..1);
             other.store(0, 0x11);
@@ -794,41 +824,34 @@ fn registration_with_faults() {
     expect_no_regions();
 }
 
-/// G4: G5: G8: a deregistration that a fault makes fail has either done nothing, and
-/// succeeds then, or only failed to copy out the count, if it has one.
+/// G3: G4: G8: a registration leaves and reports nothing, whichever fault makes it fail, and
+/// succeeds then. The event of another region is not lost.
 #[test]
-fn deregistration_with_faults() {
-    type Destroy = fn(&Fixture, u32) -> io::Result<Option<u32>>;
+fn registration_with_faults() {
+    register_with_faults(&[("REG_MR", reg_by_ioctl)]);
+}
+
+/// G3: G4: G8: the same of the write commands.
+#[test]
+fn registration_by_write_with_faults() {
+    register_with_faults(&[
+        ("REG_MR_NOTIFY by write()", |f, args| {
+            reg_by(Form::Write, f, args)
+        }),
+        ("REG_MR_NOTIFY by INVOKE_WRITE", |f, args| {
+            reg_by(Form::Invoke, f, args)
+        }),
+    ]);
+}
+
+/// Returns the count, if it has one.
+type Destroy = fn(&Fixture, u32) -> io::Result<Option<u32>>;
+
+/// Of each form: its name, the call, and how many faults make it fail after it has begun.
+fn deregister_with_faults(forms: &[(&str, Destroy, u32)]) {
     let fixture = Fixture::new();
     let map = Map::new(2);
-    let forms: [(&str, Destroy, u32); 5] = [
-        (
-            "MR_DESTROY",
-            |f, handle| destroy_by_ioctl(f, handle).map(Some),
-            1,
-        ),
-        (
-            "MR_DESTROY without a count",
-            |f, handle| destroy_uncounted(f, handle).map(|()| None),
-            0,
-        ),
-        (
-            "DEREG_MR_NOTIFY by write()",
-            |f, handle| destroy_by(Form::Write, f, handle).map(Some),
-            1,
-        ),
-        (
-            "DEREG_MR_NOTIFY by INVOKE_WRITE",
-            |f, handle| destroy_by(Form::Invoke, f, handle).map(Some),
-            1,
-        ),
-        (
-            "DEREG_MR",
-            |f, handle| destroy_plainly(f, handle).map(|()| None),
-            0,
-        ),
-    ];
-    for (what, destroy, counts) in forms {
+    for &(what, destroy, counts) in forms {
         let mut gone = 0;
         let failed = each_fault(what, |fault| {
             let args = fixture.args(map, 0..2, 7);
@@ -854,6 +877,46 @@ fn deregistration_with_faults() {
         assert!(failed > gone && gone == counts, "{failed}, {gone}");
     }
     expect_no_regions();
+}
+
+/// G4: G5: G8: a deregistration that a fault makes fail has either done nothing, and
+/// succeeds then, or only failed to copy out the count, if it has one.
+#[test]
+fn deregistration_with_faults() {
+    deregister_with_faults(&[
+        (
+            "MR_DESTROY",
+            |f, handle| destroy_by_ioctl(f, handle).map(Some),
+            1,
+        ),
+        (
+            "MR_DESTROY without a count",
+            |f, handle| destroy_uncounted(f, handle).map(|()| None),
+            0,
+        ),
+        (
+            "DEREG_MR",
+            |f, handle| destroy_plainly(f, handle).map(|()| None),
+            0,
+        ),
+    ]);
+}
+
+/// G4: G5: G8: the same of the write commands.
+#[test]
+fn deregistration_by_write_with_faults() {
+    deregister_with_faults(&[
+        (
+            "DEREG_MR_NOTIFY by write()",
+            |f, handle| destroy_by(Form::Write, f, handle).map(Some),
+            1,
+        ),
+        (
+            "DEREG_MR_NOTIFY by INVOKE_WRITE",
+            |f, handle| destroy_by(Form::Invoke, f, handle).map(Some),
+            1,
+        ),
+    ]);
 }
 
 /// G4: G5: whatever fails while events are pending, each is read and counted once.
