@@ -33,14 +33,17 @@ fn timed<T>(what: &str, run: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Makes a call again and again until `stop`, and prints how long the longest one took.
+/// Makes a call at least once, and until `stop`, and prints how long the longest one took.
 fn longest(what: &str, stop: &AtomicBool, call: impl Fn()) {
     let (mut longest, mut calls) = (Duration::ZERO, 0);
-    while !stop.load(Relaxed) {
+    loop {
         let begin = Instant::now();
         call();
         longest = longest.max(begin.elapsed());
         calls += 1;
+        if stop.load(Relaxed) {
+            break;
+        }
     }
     eprintln!("meanwhile {what}: {calls} calls, the longest {longest:?}");
 }
@@ -73,16 +76,22 @@ fn regions() {
     timed("munmap() of all", || map.unmap(0..count));
     assert_eq!(fixture.page.load(), 1 + count as u64, "generation");
 
+    // Each has its first events before one takes the second ones.
+    let begun = &Barrier::new(READERS);
     let read = |nth: usize| {
         let mut events = vec![Event::default(); 1 << nth];
         let mut all = Vec::with_capacity(count);
-        while let Ok(read) = fixture.queue.read(&mut events) {
+        let mut result = fixture.queue.read(&mut events);
+        begun.wait();
+        while let Ok(read) = result {
             all.extend(
                 events[..read]
                     .iter()
                     .map(|event| (event.generation, event.cookie)),
             );
+            result = fixture.queue.read(&mut events);
         }
+        assert!(!all.is_empty(), "no event for reader {nth}");
         all
     };
     let mut all = timed("reading all", || {
