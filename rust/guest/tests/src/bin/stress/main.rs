@@ -210,6 +210,16 @@ fn reserve(pages: usize) -> bool {
     fs::write(PATH, &pages).is_ok() && fs::read_to_string(PATH).is_ok_and(|have| have == pages)
 }
 
+/// How many transparent huge pages were faulted in since boot.
+fn transparent_huge_pages() -> u64 {
+    let counts = fs::read_to_string("/proc/vmstat").expect("read /proc/vmstat");
+    let mut counts = counts.lines().filter_map(|line| line.split_once(' '));
+    let (_, count) = counts
+        .find(|(name, _)| *name == "thp_fault_alloc")
+        .expect("the kernel has no transparent huge pages");
+    count.parse().expect("a number")
+}
+
 /// Prints what the processes have done.
 fn report(shared: &Shared, processes: u64, huge: bool, seconds: f64) {
     let [operations, registered, events, compared, stale] = [
@@ -252,9 +262,12 @@ fn main() {
     let arguments: Vec<_> = env::args().skip(1).collect();
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     let start = Instant::now();
+    let transparent = transparent_huge_pages();
     let count = |more: &dyn Fn(u64) -> bool| {
         let processes = run(seed, shared, huge, more);
         report(shared, processes, huge, start.elapsed().as_secs_f64());
+        let transparent = transparent_huge_pages() - transparent;
+        assert!(transparent > 0, "no transparent huge pages");
         assert!(!more(processes), "it has ended early");
     };
     let number = |number: &str| number.parse::<u64>().expect("a number");
