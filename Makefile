@@ -63,6 +63,6 @@ refresh: ## export the commits of build/NAME to patches/NAME: each, or S=NAME
 setup: ## install what all of these need
 	@scripts/setup
 clean: ## remove what was built and the guests' root folders, not the source trees
-	rm -rf build/release build/inline build/coverage build/hostile build/debug build/kcsan build/mutants build/off build/arm64* build/riscv64 build/commit-* build/patched* build/headers* build/cargo build/bare build/out build/libraries build/mpi build/ucx-gtest build/go-cache build/kselftest
+	rm -rf build/release build/inline build/coverage build/hostile build/debug build/modular build/kcsan build/mutants build/off build/arm64* build/riscv64 build/commit-* build/patched* build/headers* build/cargo build/bare build/out build/libraries build/mpi build/ucx-gtest build/go-cache build/kselftest build/kselftest-config
 
 .PHONY: help demo demo-mpi test test-mpi check check-full mutants bench bench-compare profile coverage stress host-test boot build release debug libraries linux tree refresh setup clean

@@ -649,7 +649,7 @@ impl Creation {
         assert_eq!(open_files(), files, "open files");
     }
 
-    /// The counter pages that failed since the last call.
+    /// Some allocations of counter pages have failed since the last call.
     fn expect_failed_pages(&self, what: &str) {
         let failed = self.failed_in_vmalloc.take();
         assert!(failed > 0, "{what}: counter pages that failed");

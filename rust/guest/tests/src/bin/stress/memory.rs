@@ -58,8 +58,9 @@ impl Kind {
     }
 }
 
-/// The indices in [`Files`].
+/// The index in [`Files`] of the file in memory.
 pub const MEMORY: usize = 0;
+/// The index in [`Files`] of the file on a disk.
 pub const DISK: usize = 1;
 
 /// The common files of all processes.
