@@ -982,6 +982,40 @@ fn deferred_registration_without_gap() {
     );
 }
 
+/// G3: so it is with two invalidations, of which one may be in flight when the other one begins.
+#[test]
+fn registration_during_two_changes() {
+    let results = check::model(Some(5), || {
+        let setup = Setup::new();
+        let changed = sync::Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
+        let unmaps = [0, 1].map(|nth| {
+            let changed = changed.clone();
+
+            spawn(&setup, move |setup| {
+                setup.mm.invalidate(Event::UNMAP, 0..usize::MAX, || {
+                    changed[nth].store(true, SeqCst);
+                });
+            })
+        });
+        let watch = setup.start(0);
+        let stale = changed.iter().any(|changed| !changed.load(SeqCst));
+
+        go_live(&watch);
+        for unmap in unmaps {
+            unmap.join().unwrap();
+        }
+
+        let records = setup.drain();
+
+        assert_eq!(setup.generation.load(), records.len() as u64);
+        assert!(!stale || records.len() == 1, "stale without an event");
+        assert_eq!(queue::stop(watch) as usize, records.len());
+        (stale, records.len())
+    });
+
+    assert_eq!(results, BTreeSet::from([(false, 0), (false, 1), (true, 1)]));
+}
+
 #[test]
 fn failed_registration_is_quiet() {
     let results = registration(Registering::Fails, false);
