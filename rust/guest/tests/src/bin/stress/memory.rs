@@ -22,6 +22,8 @@ pub enum Kind {
     Copied,
     /// A shared mapping of the common file on a disk. It can only be registered for reading.
     Disk,
+    /// A private one.
+    DiskCopied,
     /// Transparent huge pages.
     Thp,
     /// Huge pages of hugetlb.
@@ -52,7 +54,7 @@ impl Kind {
     pub fn file(self) -> Option<usize> {
         match self {
             File | Copied => Some(MEMORY),
-            Disk => Some(DISK),
+            Disk | DiskCopied => Some(DISK),
             _ => None,
         }
     }
@@ -137,7 +139,7 @@ impl Arena {
         let (at, len) = (map.void(pages.start), pages.len() * PAGE);
         let flags = MapFlags::FIXED
             | match self.kind {
-                Private | Copied | Thp => MapFlags::PRIVATE,
+                Private | Copied | DiskCopied | Thp => MapFlags::PRIVATE,
                 Shared | File | Disk => MapFlags::SHARED,
                 Huge => MapFlags::PRIVATE | MapFlags::HUGETLB,
                 SharedHuge => MapFlags::SHARED | MapFlags::HUGETLB,

@@ -45,12 +45,13 @@ pub const ROUNDS: usize = 8;
 pub const OPERATIONS: u64 = (THREADS * STEPS * ROUNDS) as u64;
 
 /// Each thread has an arena of each of these, whose mapping nobody else changes,
-pub const OWN: [Kind; 5] = [
+pub const OWN: [Kind; 6] = [
     Kind::Private,
     Kind::Shared,
     Kind::File,
     Kind::Copied,
     Kind::Disk,
+    Kind::DiskCopied,
 ];
 /// and all use these, those from FIRST_RARE on not as often.
 const ALL: [Kind; 6] = [
