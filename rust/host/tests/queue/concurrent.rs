@@ -982,7 +982,7 @@ fn deferred_registration_without_gap() {
     );
 }
 
-/// G3: so it is with two invalidations, of which one may be in flight when the other one begins.
+/// G3: a registration has no gap during two invalidations. One may begin while the other one runs.
 #[test]
 fn registration_during_two_changes() {
     let results = check::model(Some(5), || {
